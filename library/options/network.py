@@ -1,0 +1,57 @@
+"""The network (LoRA or a relative) that is trained beside a frozen model."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from library.errors import UserError
+from library.options.base import option, parse_key_values
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network and its learning rates."""
+
+    title: ClassVar[str] = "network"
+
+    network_module: str | None = option(None, "Python module of the network, such as networks.lora", metavar="MODULE")
+    network_dim: int | None = option(None, "rank of the network; 4 when left out", metavar="N", minimum=1)
+    network_alpha: float = option(
+        1, "the network's effect is scaled by alpha / rank, so alpha = rank leaves it as it is", metavar="X", minimum=0
+    )
+    network_dropout: float | None = option(
+        None,
+        "chance (0 to 1) that a neuron of the network is left out in a step; none when left out",
+        metavar="X",
+    )
+    network_args: tuple[str, ...] | None = option(None, "further arguments of the network module", metavar="NAME=VALUE")
+    unet_lr: float | None = option(
+        None, "learning rate of the U-Net's part; --learning_rate when left out", metavar="X", minimum=0
+    )
+    text_encoder_lr: tuple[float, ...] | None = option(
+        None,
+        "learning rate of the text encoder's part, one for each encoder; --learning_rate when left out",
+        metavar="X",
+        minimum=0,
+    )
+    network_train_unet_only: bool = option(False, "train only the U-Net's part")
+    network_train_text_encoder_only: bool = option(False, "train only the text encoder's part")
+
+    def __post_init__(self) -> None:
+        if self.network_train_unet_only and self.network_train_text_encoder_only:
+            raise UserError(
+                "--network_train_unet_only, --network_train_text_encoder_only: together they leave nothing to train, "
+                "drop one of them"
+            )
+        if not 0 <= (self.network_dropout or 0) < 1:
+            raise UserError(f"--network_dropout: {self.network_dropout} is not a chance, use 0 or more and less than 1")
+        parse_key_values(self.network_args or (), "--network_args")
+
+    @property
+    def rank(self) -> int:
+        """The rank to make the network with."""
+        return 4 if self.network_dim is None else self.network_dim
+
+    @property
+    def network_keywords(self) -> dict[str, str]:
+        """`network_args` as name -> value, both as written."""
+        return parse_key_values(self.network_args or (), "--network_args")

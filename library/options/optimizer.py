@@ -1,0 +1,71 @@
+"""What moves the weights, and how fast."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from library.errors import UserError, suggest
+from library.options.base import option, parse_key_values
+
+OPTIMIZERS = ("AdamW",)
+LR_SCHEDULERS = ("constant", "constant_with_warmup")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer and its learning rate over time."""
+
+    title: ClassVar[str] = "optimizer and learning rate"
+
+    optimizer_type: str = option(
+        "", f"one of: {', '.join(OPTIMIZERS)}, in any spelling of case; AdamW when left out", metavar="NAME"
+    )
+    optimizer_args: tuple[str, ...] | None = option(
+        None, "further arguments of the optimizer, such as weight_decay=0.01 betas=.9,.999", metavar="NAME=VALUE"
+    )
+    learning_rate: float = option(2e-06, "learning rate of everything that has none of its own", metavar="X", minimum=0)
+    max_grad_norm: float = option(
+        1.0, "scale gradients down where their overall norm is larger; 0 turns this off", metavar="X", minimum=0
+    )
+    lr_scheduler: str = option(
+        "constant", f"course of the learning rate, one of: {', '.join(LR_SCHEDULERS)}", metavar="NAME"
+    )
+    lr_warmup_steps: int | float = option(
+        0,
+        "steps in which the rate rises from 0, as a number or as a part of all steps (0.1 or 10%); for "
+        "constant_with_warmup",
+        metavar="N",
+        minimum=0,
+    )
+
+    def __post_init__(self) -> None:
+        if self.optimizer_type.lower() not in ("", *(name.lower() for name in OPTIMIZERS)):
+            raise _unavailable("--optimizer_type", self.optimizer_type, OPTIMIZERS)
+        if self.lr_scheduler not in LR_SCHEDULERS:
+            raise _unavailable("--lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        parse_key_values(self.optimizer_args or (), "--optimizer_args")
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name in its own spelling."""
+        wanted = self.optimizer_type.lower()
+        return next((name for name in OPTIMIZERS if name.lower() == wanted), "AdamW")
+
+    @property
+    def optimizer_keywords(self) -> dict[str, str]:
+        """`optimizer_args` as name -> value, both as written."""
+        return parse_key_values(self.optimizer_args or (), "--optimizer_args")
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The norm gradients are clipped at, None for no clipping."""
+        return self.max_grad_norm or None
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Optimizer steps of the warm-up in a run of `total_steps`; a fraction is rounded down."""
+        if isinstance(self.lr_warmup_steps, float):
+            return int(self.lr_warmup_steps * total_steps)
+        return self.lr_warmup_steps
+
+
+def _unavailable(flag: str, value: str, names: tuple[str, ...]) -> UserError:
+    return UserError(f"{flag}: {value} is not available, choose {' or '.join(names)}{suggest(value, names)}")

@@ -1,0 +1,29 @@
+"""Where the result goes, and what is kept on the way."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from library.options.base import option
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """Output files. An interval of 0 is the same as none, and both intervals act together."""
+
+    title: ClassVar[str] = "saving"
+
+    output_dir: str | None = option(None, "folder the trained files are written to; made if missing", metavar="FOLDER")
+    output_name: str | None = option(
+        None, "file name without extension; `last` for the final file when left out", metavar="NAME"
+    )
+    save_precision: str | None = option(
+        None,
+        "number format of saved weights; that of training when left out",
+        metavar="FORMAT",
+        choices=("float", "fp16", "bf16"),
+    )
+    save_every_n_epochs: int | None = option(None, "also save after every N epochs", metavar="N", minimum=0)
+    save_every_n_steps: int | None = option(None, "also save after every N optimizer steps", metavar="N", minimum=0)
+    save_model_as: str = option(
+        "safetensors", "format of saved files", metavar="FORMAT", choices=("ckpt", "pt", "safetensors")
+    )

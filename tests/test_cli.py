@@ -1,0 +1,422 @@
+"""Command line and config file to settings, and what the console shows."""
+
+import dataclasses
+import logging
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from library import console, options
+from library.cli import parse, run
+from library.errors import UserError
+from library.options import ConfigOptions, DatasetOptions, NetworkOptions, OptimizerOptions, TrainingOptions, option
+
+ROOT = Path(__file__).parent.parent
+GROUPS = [value for name, value in vars(options).items() if name.endswith("Options")]
+
+
+@pytest.fixture(autouse=True)
+def fresh_console(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    console.setup(None)
+    yield
+    console.setup(None)
+    logging.captureWarnings(False)
+
+
+def read(*argv: str, groups=GROUPS, **keywords) -> options.Settings:
+    return parse(groups, argv, description="Train.", **keywords)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a program of its own, with nothing of pytest around its console."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+# --- the command line ---
+
+
+def test_values_defaults_and_given():
+    settings = read("--learning_rate", "1e-4", "--shuffle_caption", "--keep_tokens=0", "--dataset_config", "a.toml")
+    assert settings[OptimizerOptions].learning_rate == 1e-4
+    assert settings[DatasetOptions].shuffle_caption is True
+    assert settings[DatasetOptions].dataset_config == Path("a.toml")
+    assert settings[DatasetOptions].caption_extension == ".caption"
+    assert settings.given == {"learning_rate", "shuffle_caption", "keep_tokens", "dataset_config"}
+    flat = settings.flat()
+    assert flat["learning_rate"] == 1e-4
+    assert flat["max_train_steps"] == 1600
+    assert len(flat) == sum(len(dataclasses.fields(group)) for group in GROUPS)
+
+
+def test_several_values():
+    settings = read("--network_args", "conv_dim=4", "betas=.9,.999", "--text_encoder_lr", "1e-5", "2e-5")
+    assert settings[NetworkOptions].network_args == ("conv_dim=4", "betas=.9,.999")
+    assert settings[NetworkOptions].text_encoder_lr == (1e-5, 2e-5)
+
+
+def test_the_quoted_list_of_the_guide():
+    word = "scale_parameter=False,relative_step=False,warmup_init=False"  # what is left when the shell took the quotes
+    keywords = read(f"--optimizer_args={word}")[OptimizerOptions].optimizer_keywords
+    assert keywords == {"scale_parameter": "False", "relative_step": "False", "warmup_init": "False"}
+
+
+def test_old_spelling():
+    settings = read("--caption_extention", ".txt")
+    assert settings[DatasetOptions].caption_extension == ".txt"
+    assert settings.given == {"caption_extension"}
+
+
+def test_a_script_has_its_own_defaults(capsys):
+    settings = read(defaults={"train_batch_size": 2})
+    assert settings[DatasetOptions].train_batch_size == 2
+    assert not settings.given
+    with pytest.raises(SystemExit):
+        read("--help", defaults={"train_batch_size": 77})
+    assert "[77]" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no group: train_batch"):
+        read(defaults={"train_batch": 2})
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--learning_rat", "1e-4"], "--learning_rat: unknown option, did you mean --learning_rate?"),
+        (["--learning_rat=1e-4"], "--learning_rat: unknown option, did you mean --learning_rate?"),
+        (["--learning-rate", "1"], "--learning-rate: unknown option, did you mean --learning_rate?"),
+        (["-learning_rate", "1"], "-learning_rate: unknown option, did you mean --learning_rate?"),
+        (["--xyzzy"], "--xyzzy: unknown option"),
+        (["--learning_rate", "fast"], "--learning_rate: 'fast' is not a number"),
+        (["--learning_rate", "nan"], "--learning_rate: 'nan' is not a number"),
+        (["--learning_rate", "-1e-4"], "--learning_rate: expected one argument"),
+        (["--learning_rate=-1e-4"], "--learning_rate: -1e-4 is too small, use 0 or more"),
+        (["--max_train_steps", "1.5"], "--max_train_steps: '1.5' is not a whole number"),
+        (["--max_train_steps", "0"], "--max_train_steps: 0 is too small, use 1 or more"),
+        (["--mixed_precision", "fp61"], "--mixed_precision: 'fp61' is none of no, fp16, bf16, did you mean fp16?"),
+        (["--dataset_config", ""], "--dataset_config: '' is not a path"),
+        (["--output_name"], "--output_name: expected one argument"),
+        (["--output_name", "a", "b"], "'b' belongs to no option, put values with spaces in quotes"),
+        (
+            ["--output_name", "True", "--cache_latents", "True"],
+            "--cache_latents: this flag takes no value, leave out 'True'",
+        ),
+        (["--text_encoder_lr", "1", "x"], "--text_encoder_lr: 'x' is not a number"),
+        (["--optimizer_type", "Prodigy"], "--optimizer_type: Prodigy is not available, choose AdamW"),
+        (["--output_config"], "--output_config: the file to write is not named, add --config_file NAME.toml"),
+    ],
+)
+def test_a_mistake_is_one_sentence(argv, sentence, capsys):
+    with pytest.raises(UserError) as mistake:
+        read(*argv)
+    assert str(mistake.value) == sentence
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    result = python(
+        """
+        import sys, time
+        from library import options
+        from library.cli import parse
+        groups = [value for name, value in vars(options).items() if name.endswith("Options")]
+        try:
+            parse(groups, ["--help"], description="Train.")
+        except SystemExit as end:
+            assert not end.code
+        heavy = {"torch", "numpy", "toml", "diffusers", "transformers", "PIL"} & sys.modules.keys()
+        assert not heavy, heavy
+        print(f"CPU seconds: {time.process_time()}", file=sys.stderr)
+        """,
+        COLUMNS="100",
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stderr.split(":")[1]) < 0.5
+    for group in GROUPS:
+        assert f"\n{group.title}:\n" in result.stdout
+        for one in options.options_of(group):
+            assert f"--{one.name}" in result.stdout
+    assert "caption_extention" not in result.stdout
+
+
+def test_exit_status():
+    code = """
+    from library.cli import run
+    from library.errors import UserError
+    def main():
+        raise {}
+    run(main)
+    """
+    mistake = python(code.format("UserError('a.txt: no such file')"))
+    assert (mistake.returncode, mistake.stdout, mistake.stderr) == (2, "", "error: a.txt: no such file\n")
+    other_process = python(code.format("UserError('a.txt: no such file')"), RANK="3")
+    assert (other_process.returncode, other_process.stderr) == (2, "error (process 3): a.txt: no such file\n")
+    stopped = python(code.format("KeyboardInterrupt"))
+    assert (stopped.returncode, stopped.stderr) == (130, "")
+    crash = python(code.format("RuntimeError('a bug')"))
+    assert crash.returncode == 1
+    assert "Traceback" in crash.stderr
+    assert run(lambda: None) is None
+
+
+# --- the config file ---
+
+
+def test_config_file(tmp_path, capsys):
+    path = tmp_path / "run.v1.toml"
+    path.write_text(
+        """
+        output_name = 2024
+        [training.inner]
+        learning_rate = "1e-4"      # text, as some front ends write it
+        max_train_steps = 500.0
+        train_batch_size = "4"
+        max_grad_norm = 2
+        [network]
+        network_args = ["block_lr_zero_threshold=0.1", "down_lr_weight=0,0,1"]
+        text_encoder_lr = 1e-5
+        cache_latents = true
+        flip_aug = false
+        caption_extention = ".txt"
+        lr_warmup_steps = 0.1
+        dataset_config = "data.toml"
+        seed = ""
+        """,
+        encoding="utf-8-sig",
+    )
+    for name in (path, path.with_suffix("")):
+        settings = read("--config_file", str(name), "--max_grad_norm", "0.5")
+        flat = settings.flat()
+        assert flat["output_name"] == "2024"
+        assert flat["learning_rate"] == 1e-4
+        assert flat["max_train_steps"] == 500
+        assert type(flat["max_train_steps"]) is int
+        assert flat["train_batch_size"] == 4
+        assert flat["max_grad_norm"] == 0.5
+        assert flat["network_args"] == ("block_lr_zero_threshold=0.1", "down_lr_weight=0,0,1")
+        assert flat["text_encoder_lr"] == (1e-5,)
+        assert flat["cache_latents"] is True
+        assert flat["flip_aug"] is False
+        assert flat["caption_extension"] == ".txt"
+        assert flat["lr_warmup_steps"] == 0.1
+        assert flat["dataset_config"] == Path("data.toml")
+        assert flat["seed"] is None
+        assert {"flip_aug", "max_grad_norm", "caption_extension", "config_file"} <= settings.given
+        assert "seed" not in settings.given
+    assert capsys.readouterr().err == ""
+
+
+def test_unknown_keys_are_warned_of_once(tmp_path, capsys):
+    path = tmp_path / "a.toml"
+    path.write_text("learning_rat = 1\nLoRA_type = 'x'\noutput_config = true\n[a]\nseed = 1\n[b]\nseed = 2\n")
+    for _ in range(2):
+        assert read("--config_file", str(path))[TrainingOptions].seed == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {path}: learning_rat is not an option of this script and is ignored, did you mean learning_rate?",
+        f"warning: {path}: LoRA_type is not an option of this script and is ignored",
+        f"warning: {path}: output_config only works on the command line and is ignored",
+        f"warning: {path}: seed is set more than once, the last value counts",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("learning_rate = 'fast'", "learning_rate: 'fast' is not a number"),
+        ("learning_rate = true", "learning_rate: True is not a number"),
+        ("max_train_steps = 1.5", "max_train_steps: '1.5' is not a whole number"),
+        ("cache_latents = 'yes'", "cache_latents: 'yes' is neither true nor false"),
+        ("resolution = [512, 512]", r"resolution: \[512, 512\] is not a text"),
+        ("network_args = [['a']]", r"network_args: \['a'\] is not a text"),
+        ("mixed_precision = 'fp61'", "mixed_precision: 'fp61' is none of no, fp16, bf16, did you mean fp16"),
+        ("output_dir = 'unfinished", "this config file is not TOML"),
+        ("[[datasets]]\nresolution = 512", "this file describes datasets, give it as --dataset_config"),
+    ],
+)
+def test_config_file_mistakes_name_file_and_key(tmp_path, text, sentence):
+    path = tmp_path / "a.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {sentence}"):
+        read("--config_file", str(path))
+
+
+def test_config_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "train.toml").touch()
+    with pytest.raises(
+        UserError, match=r"trian\.toml: this config file cannot be read \(.*\), did you mean train\.toml"
+    ):
+        read("--config_file", str(tmp_path / "trian"))
+    (tmp_path / "train.toml").write_bytes(b"output_name = '\xff'")
+    with pytest.raises(UserError, match=r"train\.toml: this config file is not UTF-8 text"):
+        read("--config_file", str(tmp_path / "train"))
+
+
+@dataclasses.dataclass(frozen=True)
+class UploadOptions:
+    """A group with a secret."""
+
+    title: ClassVar[str] = "upload"
+    token: str | None = option(None, "a secret", secret=True)
+    repository: str | None = option(None, "no secret")
+
+
+def test_output_config_is_read_back_and_holds_no_secret(tmp_path, capsys):
+    groups = [*GROUPS, UploadOptions]
+    words = ["--network_args", "a=1", "b=.9,.999", "--text_encoder_lr", "1e-5", "--dataset_config", "data.toml"]
+    words += ["--output_name", 'a "quoted" C:\\new\\x41\\u0041 \u7d75 name', "--flip_aug", "--learning_rate", "2e-06"]
+    words += ["--token", "hush", "--repository", "me/it"]
+    name = str(tmp_path / "out")
+    with pytest.raises(SystemExit) as end:
+        read(*words, "--config_file", name, "--output_config", groups=groups)
+    assert end.value.code == 0
+    path = tmp_path / "out.toml"
+    assert capsys.readouterr().err == f"settings written to {path}\n"
+    text = path.read_text(encoding="utf-8")
+    assert "hush" not in text
+    assert "config_file" not in text
+    assert "output_config" not in text
+    wanted = read(*words, groups=groups).flat()
+    found = read("--config_file", name, groups=groups).flat()
+    assert found | {"token": "hush", "config_file": None} == wanted
+
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: this file exists and is not overwritten"):
+        read("--config_file", name, "--output_config", groups=groups)
+    assert path.read_text(encoding="utf-8") == text
+    with pytest.raises(UserError, match="this config file cannot be written"):
+        read("--config_file", str(tmp_path / "missing" / "a.toml"), "--output_config")
+
+
+def test_a_script_without_the_config_group_has_no_config_file():
+    groups = [group for group in GROUPS if group is not ConfigOptions]
+    with pytest.raises(UserError, match="--config_file: unknown option"):
+        read("--config_file", "a.toml", groups=groups)
+
+
+# --- the console ---
+
+
+def test_messages_are_said_once_and_by_the_first_process_only(capsys, monkeypatch, tmp_path):
+    console.setup(tmp_path / "logs" / "run.log")
+    for _ in range(2):
+        console.notice("one %s thing")
+        console.warn("one %s thing")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    console.notice("not said")
+    monkeypatch.setenv("RANK", "0")
+    console.notice("said")
+    assert capsys.readouterr().err == "one %s thing\nwarning: one %s thing\nsaid\n"
+    logged = (tmp_path / "logs" / "run.log").read_text(encoding="utf-8")
+    assert [line.partition(": ")[2] for line in logged.splitlines()] == [
+        "one %s thing",
+        "warning: one %s thing",
+        "said",
+    ]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="this log file cannot be written"):
+        console.setup(tmp_path / "file" / "run.log")
+
+
+def test_what_dependencies_warn_of_goes_to_the_log_file(capsys, tmp_path):
+    console.setup(tmp_path / "run.log")
+    logging.getLogger("a_package").warning("of a logger")
+    with warnings.catch_warnings():
+        logging.captureWarnings(False)
+        console.setup(tmp_path / "run.log")
+        warnings.simplefilter("always")
+        warnings.warn("of Python", stacklevel=1)
+        logging.captureWarnings(False)
+    logged = (tmp_path / "run.log").read_text(encoding="utf-8")
+    assert "of a logger" in logged
+    assert "of Python" in logged
+    assert capsys.readouterr() == ("", "")
+
+
+NOISY = """
+import logging, os, pathlib, sys, warnings
+from library import console
+console.setup({setup})
+with console.quiet_dependencies({argument}):
+    print("from Python")
+    with console.quiet_dependencies():
+        os.write(1, b"from C, stdout\\n")
+        os.write(2, b"from C, stderr\\n")
+    warnings.warn("a warning")
+    logger = logging.getLogger("noisy.package")
+    logger.addHandler(logging.StreamHandler())
+    logger.propagate = False
+    logging.getLogger("other").warning("a log message")
+print("out")
+console.notice("err")
+logger.warning("said later")
+"""
+
+
+def test_dependencies_are_quiet(tmp_path):
+    result = python(NOISY.format(setup="None", argument=""))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "out\n", "err\n")
+
+    path = tmp_path / "of_setup.log"
+    result = python(NOISY.format(setup=f"pathlib.Path({str(path)!r})", argument=""))
+    assert (result.stdout, result.stderr) == ("out\n", "err\n")
+    logged = path.read_text(encoding="utf-8")
+    for text in ("from Python", "stdout", "stderr", "a warning", "a log message", "err", "said later"):
+        assert text in logged
+
+    path = tmp_path / "of_its_own.log"
+    result = python(NOISY.format(setup="None", argument=f"pathlib.Path({str(path)!r})"))
+    assert (result.stdout, result.stderr) == ("out\n", "err\n")
+    assert "from Python" in path.read_text(encoding="utf-8")
+
+
+def test_quiet_survives_errors_and_closed_descriptors():
+    result = python(
+        """
+        import os
+        from library import console
+        os.close(1)
+        try:
+            with console.quiet_dependencies():
+                os.write(2, b"hidden")
+                raise ImportError("broken package")
+        except ImportError as problem:
+            os.write(2, str(problem).encode())
+        try:
+            os.fstat(1)
+        except OSError:
+            os.write(2, b", 1 is still closed")
+        os._exit(0)
+        """
+    )
+    assert result.stderr == "broken package, 1 is still closed"
+
+
+def test_a_progress_bar_stays_whole():
+    result = python(
+        """
+        import sys
+        from tqdm import tqdm
+        from library import console
+        with tqdm(total=2, file=sys.stderr, mininterval=0, miniters=1) as bar:
+            bar.update()
+            console.notice("a message")
+            bar.update()
+        """
+    )
+    assert "a message\n" in result.stderr.replace("\r", "\n")
+    line = next(line for line in result.stderr.split("\n") if "a message" in line)
+    assert line.rsplit("\r", 1)[-1] == "a message"
