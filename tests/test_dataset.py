@@ -1,0 +1,200 @@
+"""Batches: their tensors, their weights, and that loader processes change nothing about them."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from library.data import images
+from library.data.buckets import Geometry
+from library.data.dataset import ImageDataset, make_loader, size_conditioning
+from library.data.plan import PlanSampler, RunPlan
+from library.data.records import scan
+from tests.pictures import dataset, picture, subset
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Warnings to the user."""
+    messages = []
+    monkeypatch.setattr("library.data.dataset.warn", messages.append)
+    return messages
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Two datasets: one with regularisation images and shuffled captions, one with mirroring."""
+    for number, size in enumerate([(64, 64), (90, 60), (64, 64), (60, 90), (33, 31)]):
+        picture(tmp_path / "train" / f"{number}.png", size, f"red, green, blue, {number}")
+        picture(tmp_path / "reg" / f"{number}.png", size)
+    train = subset(tmp_path / "train", num_repeats=2, shuffle_caption=True, keep_tokens=1)
+    reg = subset(tmp_path / "reg", is_reg=True, class_tokens="shape")
+    mirrored = subset(tmp_path / "train", flip_aug=True)
+    return (dataset(train, reg), dataset(mirrored, batch_size=3, resolution=(32, 32), max_bucket_reso=64))
+
+
+def plan_of(table, datasets, **options):
+    return RunPlan(table, datasets, **({"seed": 5} | options))
+
+
+def batches_of(loader):
+    return list(loader)
+
+
+def same(first, second) -> bool:
+    """Whether two batches hold the same facts and the very same numbers."""
+    plain = ("plan", "seeds", "records", "captions")
+    tensors = ("images", "sizes", "weights")
+    return all(getattr(first, name) == getattr(second, name) for name in plain) and all(
+        torch.equal(getattr(first, name), getattr(second, name)) for name in tensors
+    )
+
+
+def test_a_batch_holds_what_its_plan_says(mixed):
+    table = scan(mixed)
+    examples = ImageDataset(table, mixed, prior_loss_weight=0.25)
+    plan = plan_of(table, mixed)
+    for batch_plan in plan.iterate(0, 2 * plan.steps_per_epoch):
+        batch = examples[batch_plan]
+        count, (width, height) = len(batch_plan.items), batch_plan.bucket
+        assert batch.images.shape == (count, 3, height, width)
+        assert batch.images.dtype == batch.sizes.dtype == batch.weights.dtype == torch.float32
+        assert batch.images.min() >= -1
+        assert batch.images.max() <= 1
+        assert batch.latents is None
+        assert batch.records == [item.record for item in batch_plan.items]
+        assert batch.seeds == [item.seed for item in batch_plan.items]
+        for index, caption, weight, size in zip(batch.records, batch.captions, batch.weights, batch.sizes, strict=True):
+            record = table[index]
+            is_reg = mixed[record.dataset].subsets[record.subset].is_reg
+            assert weight == (0.25 if is_reg else 1)
+            assert sorted(caption.split(", ")) == sorted(record.caption.split(", "))
+            assert caption.split(", ")[0] == record.caption.split(", ")[0]
+            assert size[:2].tolist() == [record.height, record.width]
+            assert size[4:].tolist() == [height, width]
+
+
+def test_pixels_are_those_of_the_file(tmp_path):
+    path = picture(tmp_path / "a.png", (64, 64), "x")
+    datasets = (dataset(subset(tmp_path)),)
+    table = scan(datasets)
+    (batch_plan,) = plan_of(table, datasets).iterate(0, 1)
+    expected = torch.from_numpy(images.load(path)).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(ImageDataset(table, datasets)[batch_plan].images[0], expected, atol=1e-6)
+
+
+def test_mirroring_takes_about_half_of_the_images(tmp_path):
+    path = picture(tmp_path / "a.png", (64, 64), "x")
+    datasets = (dataset(subset(tmp_path, flip_aug=True, num_repeats=200), batch_size=50),)
+    table = scan(datasets)
+    straight = torch.from_numpy(images.to_model_range(images.load(path)))
+    examples = ImageDataset(table, datasets)
+    kinds = []
+    for batch_plan in plan_of(table, datasets).iterate(0, 4):
+        for image in examples[batch_plan].images:
+            mirrored = torch.equal(image, straight.flip(2))
+            assert mirrored or torch.equal(image, straight)
+            kinds.append(mirrored)
+    assert 70 < sum(kinds) < 130
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_change_nothing(mixed, context):
+    if context == "fork" and not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    table = scan(mixed)
+    examples = ImageDataset(table, mixed)
+    plan = plan_of(table, mixed, accumulation=2)
+    sampler = PlanSampler(plan, 1, plan.steps_per_epoch + 2)
+    alone = batches_of(make_loader(examples, sampler, 0, persistent=False))
+    loader = make_loader(examples, sampler, 2, persistent=True)
+    loader.multiprocessing_context = context
+    together = batches_of(loader)
+    assert len(alone) == len(together) > 5
+    assert all(map(same, alone, together))
+    assert table.folder.exists(), "workers must not delete what they share"
+
+
+def test_what_is_sent_to_a_worker_is_light(tmp_path):
+    for number in range(100):
+        picture(tmp_path / f"{number}.png", (8, 8), "a long caption " * 50)
+    datasets = (dataset(subset(tmp_path)),)
+    table = scan(datasets)
+    assert len(pickle.dumps(ImageDataset(table, datasets))) < 3000
+
+
+class TestFailures:
+    def datasets(self, tmp_path, sound, broken):
+        """Files that look sound until they are decoded."""
+        for number in range(sound):
+            picture(tmp_path / f"{number}.png", (64, 64), str(number))
+        for number in range(broken):
+            path = picture(tmp_path / f"broken{number}.png", (64, 64), "broken")
+            path.write_bytes(path.read_bytes()[:5000])
+        return (dataset(subset(tmp_path), batch_size=4),)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_another_image_stands_in_and_weighs_nothing(self, tmp_path, said, workers):
+        datasets = self.datasets(tmp_path, 3, 1)
+        table = scan(datasets)
+        loader = make_loader(
+            ImageDataset(table, datasets), PlanSampler(plan_of(table, datasets), 0, 2), workers, persistent=False
+        )
+        for batch in loader:
+            place = [item.record for item in batch.plan.items].index(3)
+            assert batch.weights.tolist() == [0.0 if n == place else 1.0 for n in range(4)]
+            assert batch.records[place] in (0, 1, 2)
+            assert batch.captions[place] == str(batch.records[place])
+            assert torch.equal(batch.images[place], batch.images[batch.records.index(batch.records[place])])
+        assert len(loader.failures) == 1
+        assert all(str(tmp_path / "broken0.png") in message for message in said)
+
+    def test_a_batch_with_nothing_left_weighs_nothing(self, tmp_path, said):
+        datasets = self.datasets(tmp_path, 0, 2)
+        table = scan(datasets)
+        (batch,) = make_loader(ImageDataset(table, datasets), plan_of(table, datasets).iterate(0, 1), 0, False)
+        assert batch.weights.tolist() == [0, 0]
+        assert batch.images.shape == (2, 3, 64, 64)
+        assert torch.isfinite(batch.images).all()
+
+    def test_an_image_that_vanishes(self, tmp_path, said):
+        datasets = self.datasets(tmp_path, 2, 0)
+        table = scan(datasets)
+        (tmp_path / "0.png").unlink()
+        (batch,) = make_loader(ImageDataset(table, datasets), plan_of(table, datasets).iterate(0, 1), 0, False)
+        assert batch.weights.sum() == 1
+        assert "no longer there" in said[0]
+
+
+def test_fillers_weigh_nothing(tmp_path):
+    picture(tmp_path / "a.png", caption="x")
+    datasets = (dataset(subset(tmp_path)),)
+    table = scan(datasets)
+    (filler,) = plan_of(table, datasets, world=2, rank=1).iterate(0, 1)
+    assert filler.filler
+    batch = ImageDataset(table, datasets)[filler]
+    assert batch.weights.tolist() == [0]
+    assert batch.images.shape == (1, 3, 64, 64)
+
+
+def test_size_conditioning_follows_the_golden_crop_values(tmp_path):
+    picture(tmp_path / "a.png", (1024, 64), "x")
+    datasets = (dataset(subset(tmp_path)),)
+    record = scan(datasets)[0]
+    geometry = Geometry((576, 448), (597, 448), (0.0, 8.0, 565.7, 440.0), 0.0)
+    assert size_conditioning(record, geometry, False) == (64, 1024, 8, 0, 448, 576)
+    assert size_conditioning(record, geometry, True) == (64, 1024, 8, 10, 448, 576)
+
+
+def test_moving_a_batch(tmp_path):
+    picture(tmp_path / "a.png", caption="x")
+    datasets = (dataset(subset(tmp_path)),)
+    table = scan(datasets)
+    batch = ImageDataset(table, datasets)[next(plan_of(table, datasets).iterate(0, 1))]
+    moved = batch.to("meta")
+    assert moved.images.device.type == moved.sizes.device.type == moved.weights.device.type == "meta"
+    assert moved.plan == batch.plan
+    assert moved.latents is None
+    assert np.isfinite(batch.images.numpy()).all()
