@@ -1,0 +1,210 @@
+"""What saved files tell about themselves: the training's `ss_*`, the look-up hashes `sshs_*`, and `modelspec.*`.
+
+Every value is a string, JSON where nested. `modelspec` is SAI ModelSpec 1.0.1
+(github.com/Stability-AI/ModelSpec). Nothing here names a path: only files' and folders' own names go out.
+"""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.models.checkpoint import Hashes, hash_tensors
+
+IMPLEMENTATION_VERSION = "atelier/0.1.0"
+
+# Settings that are written as `ss_<name>`, and what they come to in a program that has no such setting.
+_SETTINGS = {
+    "adaptive_noise_scale": None,
+    "cache_latents": False,
+    "caption_dropout_every_n_epochs": 0,
+    "caption_dropout_rate": 0.0,
+    "caption_tag_dropout_rate": 0.0,
+    "clip_skip": None,
+    "face_crop_aug_range": None,
+    "fp8_base": False,
+    "fp8_base_unet": False,
+    "full_fp16": False,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "huber_c": 0.1,
+    "huber_scale": 1.0,
+    "huber_schedule": "snr",
+    "ip_noise_gamma": None,
+    "ip_noise_gamma_random_strength": False,
+    "learning_rate": None,
+    "loss_type": "l2",
+    "lowram": False,
+    "lr_scheduler": None,
+    "lr_warmup_steps": 0,
+    "max_grad_norm": None,
+    "max_token_length": None,
+    "max_validation_steps": None,
+    "min_snr_gamma": None,
+    "mixed_precision": "no",
+    "multires_noise_discount": 0.3,
+    "multires_noise_iterations": None,
+    "noise_offset": None,
+    "noise_offset_random_strength": False,
+    "output_name": None,
+    "prior_loss_weight": 1.0,
+    "resize_interpolation": None,
+    "seed": None,
+    "training_comment": None,
+    "v2": False,
+    "validate_every_n_epochs": None,
+    "validate_every_n_steps": None,
+    "validation_seed": None,
+    "validation_split": 0.0,
+    "zero_terminal_snr": False,
+}
+_NETWORK_SETTINGS = {
+    "network_alpha": 1,
+    "network_dim": None,
+    "network_dropout": None,
+    "network_module": None,
+    "scale_weight_norms": None,
+    "text_encoder_lr": None,
+    "unet_lr": None,
+}
+# Dataset options that have no place of their own where `ss_datasets` lists the datasets.
+_SUBSET_SETTINGS = {"color_aug": False, "random_crop": False}
+# What a reader needs to use a network; all that is left with --no_metadata.
+_ESSENTIAL = (
+    "ss_base_model_version",
+    "ss_network_alpha",
+    "ss_network_args",
+    "ss_network_dim",
+    "ss_network_module",
+    "ss_v2",
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that was trained on. `name` is its file's name, `architecture` ModelSpec's word for it."""
+
+    name: str
+    version: str
+    architecture: str
+    prediction_type: str
+    hashes: Hashes | None = None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run knows besides its settings. `datasets` are the `ss_*` fields that describe the data, as plain values;
+    `resolution` is (width, height). Times are seconds since 1970. `steps` and `epoch` are those done when the file is
+    written; `total_batch_size` is images per optimizer step.
+    """
+
+    base: BaseModel
+    datasets: Mapping[str, Any]
+    resolution: tuple[int, int]
+    optimizer: str
+    session_id: int
+    started_at: float
+    finished_at: float
+    steps: int
+    max_train_steps: int
+    epoch: int
+    num_epochs: int
+    total_batch_size: int
+
+
+def network_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, str]:
+    """Everything that is written into a network's file, but for its hashes.
+
+    `settings` are the flags' effective values by name (the rank used, the seed drawn); `network_args` is the mapping
+    that they come to, and appears only if there are any. With `no_metadata`, only what a reader needs.
+    """
+    fields = training_metadata(settings, run)
+    fields |= {f"ss_{name}": str(settings.get(name, default)) for name, default in _NETWORK_SETTINGS.items()}
+    if settings.get("network_args"):
+        fields["ss_network_args"] = json.dumps(settings["network_args"])
+    if settings.get("no_metadata"):
+        fields = {name: fields[name] for name in _ESSENTIAL if name in fields}
+    return fields | modelspec(settings, run, "lora")
+
+
+def training_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, str]:
+    """The `ss_*` fields that any kind of training has; for `settings` see `network_metadata`."""
+    own = _SETTINGS if "ss_datasets" in run.datasets else _SETTINGS | _SUBSET_SETTINGS
+    fields = {
+        **{name: settings.get(name, default) for name, default in own.items()},
+        "base_model_version": run.base.version,
+        "debiased_estimation": settings.get("debiased_estimation_loss", False),
+        "epoch": run.epoch,
+        "max_train_steps": run.max_train_steps,
+        "num_epochs": run.num_epochs,
+        "num_validation_images": 0,
+        "optimizer": run.optimizer,
+        "sd_model_name": run.base.name,
+        "sd_scripts_commit_hash": commit_hash(),
+        "session_id": run.session_id,
+        "steps": run.steps,
+        "total_batch_size": run.total_batch_size,
+        "training_finished_at": run.finished_at,
+        "training_started_at": run.started_at,
+    }
+    if run.base.hashes is not None:
+        fields |= {"sd_model_hash": run.base.hashes.legacy, "new_sd_model_hash": run.base.hashes.sha256}
+    data = {name: _text(name, value) for name, value in run.datasets.items()}
+    return data | {f"ss_{name}": str(value) for name, value in fields.items()}
+
+
+def modelspec(settings: Mapping[str, Any], run: RunFacts, kind: str = "") -> dict[str, str]:
+    """The `modelspec.*` fields; `kind` is "" for a full model, else "lora" or "textual-inversion"."""
+    width, height = run.resolution
+    fields = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{run.base.architecture}/{kind}" if kind else run.base.architecture,
+        "implementation": "diffusers",
+        "implementation_version": IMPLEMENTATION_VERSION,
+        "title": settings.get("output_name") or "last",
+        "resolution": f"{width}x{height}",
+        "date": datetime.fromtimestamp(int(run.finished_at), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"),
+        "prediction_type": run.base.prediction_type,
+    }
+    described = {
+        name.removeprefix("metadata_"): value for name, value in settings.items() if name.startswith("metadata_")
+    }
+    fields |= {name: str(value) for name, value in described.items() if value}
+    return {f"modelspec.{name}": value for name, value in fields.items()}
+
+
+def network_hashes(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """The `sshs_*` fields of a network's file. They are those of the file with its `ss_*` metadata alone, so that
+    adding a title later does not change them.
+    """
+    own = {name: value for name, value in metadata.items() if name.startswith("ss_")}
+    hashes = hash_tensors(tensors, dtype, own)
+    return {"sshs_model_hash": hashes.sha256, "sshs_legacy_hash": hashes.legacy}
+
+
+@lru_cache(maxsize=1)
+def commit_hash() -> str:
+    """This program's git commit, or "(unknown)" where it was not installed with git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return "(unknown)"
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "(unknown)"
+
+
+def _text(name: str, value: Any) -> str:
+    # without bucketing there is no bucket info, which readers expect as JSON all the same
+    nested = isinstance(value, (dict, list)) or name == "ss_bucket_info"
+    return json.dumps(value) if nested else str(value)

@@ -1,0 +1,148 @@
+"""Stable Diffusion 1.x: one CLIP text encoder, an autoencoder and a U-Net that predicts the noise."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from library.models.family import AttachPoints, Family, LatentSpec, neutral_view
+from library.models.noise import DDPM, NoiseProcess
+from library.models.sgm_keys import (
+    CLIP_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    KeyMap,
+    Shapes,
+    clip_config,
+    clip_key_map,
+    unet_config,
+    unet_key_map,
+    vae_config,
+    vae_key_map,
+)
+from library.models.text import TextEncoder, Tokenizer
+
+# Stable Diffusion 1.5 as it was published: `StableDiffusion1.from_configs(**SD15)` has its size.
+SD15: dict[str, dict[str, Any]] = {
+    "unet_config": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "cross_attention_dim": 768,
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": 8,
+        "use_linear_projection": False,
+    },
+    "vae_config": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    },
+    "clip_config": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "projection_dim": 768,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+    },
+}
+
+
+class StableDiffusion1(Family):
+    """Stable Diffusion 1.x of any size."""
+
+    name = "sd1"
+    title = "Stable Diffusion 1.x"
+    base_model_version = "sd_v1"
+    architecture = "stable-diffusion-v1"
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: TextEncoder):
+        super().__init__()
+        self.text_encoders = nn.ModuleList([text_encoder])
+        self.vae = vae
+        self.unet = unet
+        self.latents = _latent_spec(vae.config, unet.config)
+        self.tokenizer = Tokenizer()
+
+    @classmethod
+    def from_configs(
+        cls, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any], clip_config: Mapping[str, Any]
+    ) -> "StableDiffusion1":
+        """A model with fresh weights, drawn from torch's global generator; the arguments are those of
+        UNet2DConditionModel, AutoencoderKL and CLIPTextConfig.
+        """
+        unet, vae = UNet2DConditionModel(**unet_config), AutoencoderKL(**vae_config)
+        return cls(unet, vae, TextEncoder(dict(clip_config)))
+
+    @classmethod
+    def recognises(cls, shapes: Shapes) -> bool:
+        starts = (UNET_PREFIX, VAE_PREFIX, CLIP_PREFIX)
+        return all(any(key.startswith(start) for key in shapes) for start in starts)
+
+    @classmethod
+    def latent_spec(cls, shapes: Shapes) -> LatentSpec:
+        return _latent_spec(vae_config(shapes), unet_config(shapes))
+
+    @classmethod
+    def build(cls, shapes: Shapes) -> "StableDiffusion1":
+        return cls.from_configs(unet_config(shapes), vae_config(shapes), clip_config(shapes))
+
+    def parts(self) -> list[tuple[nn.Module, KeyMap]]:
+        return [
+            (self.unet, unet_key_map(self.unet.config)),
+            (self.vae, vae_key_map(self.vae.config)),
+            (self.text_encoders[0].model, clip_key_map()),
+        ]
+
+    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """{"hidden_state1": (B, 77, width)}: the last layer through the final norm."""
+        return {"hidden_state1": self.text_encoders[0](self.tokenizer(captions))}
+
+    def condition(self, text: Mapping[str, Tensor], batch: Any = None) -> dict[str, Tensor]:
+        """{"encoder_hidden_states": (B, 77, width)}."""
+        return {"encoder_hidden_states": text["hidden_state1"]}
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor], **extras: Any) -> Tensor:
+        """The predicted noise (B, 4, h, w); inputs are cast to the U-Net's precision."""
+        dtype = self.unet.dtype
+        condition = {name: tensor.to(dtype) for name, tensor in condition.items()}
+        return self.unet(noisy.to(dtype), timesteps, **condition, **extras).sample
+
+    def noise_process(self) -> NoiseProcess:
+        return DDPM()
+
+    def attach_points(self) -> AttachPoints:
+        # canonical names have a `text_model` level, which transformers 5 dissolved
+        text = nn.Module()
+        text.add_module("text_model", neutral_view(self.text_encoders[0].model))
+        return AttachPoints([text], neutral_view(self.unet))
+
+    def enable_gradient_checkpointing(self, unet: bool = True, text_encoders: bool = False) -> None:
+        if unet:
+            self.unet.enable_gradient_checkpointing()
+        if text_encoders:
+            self.text_encoders[0].enable_gradient_checkpointing()
+
+
+def _latent_spec(vae: Mapping[str, Any], unet: Mapping[str, Any]) -> LatentSpec:
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return LatentSpec(
+        channels=vae["latent_channels"],
+        factor=factor,
+        step=factor * 2 ** (len(unet["block_out_channels"]) - 1),
+        scale=0.18215,
+        cache_suffix="_sd.npz",
+    )

@@ -1,0 +1,155 @@
+import dataclasses
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from library.models.checkpoint import Hashes, hash_file, hash_tensors
+from library.models.metadata import (
+    BaseModel,
+    RunFacts,
+    modelspec,
+    network_hashes,
+    network_metadata,
+)
+
+SETTINGS = {
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-4,
+    "lr_scheduler": "constant",
+    "max_grad_norm": 1.0,
+    "mixed_precision": "no",
+    "network_alpha": 1,
+    "network_dim": 4,
+    "network_module": "networks.lora",
+    "output_dir": "/home/somebody/private",
+    "output_name": "k",
+    "seed": 42,
+    "train_data_dir": "/home/somebody/private/images",
+}
+DATA = {
+    "ss_batch_size_per_device": 2,
+    "ss_bucket_info": {"buckets": {"0": {"resolution": [64, 64], "count": 80}}, "mean_img_ar_error": 0.25},
+    "ss_bucket_no_upscale": False,
+    "ss_dataset_dirs": {"10_sks dog": {"n_repeats": 10, "img_count": 8}},
+    "ss_enable_bucket": True,
+    "ss_flip_aug": False,
+    "ss_keep_tokens": 0,
+    "ss_max_bucket_reso": 128,
+    "ss_min_bucket_reso": 64,
+    "ss_num_batches_per_epoch": 40,
+    "ss_num_reg_images": 0,
+    "ss_num_train_images": 80,
+    "ss_reg_dataset_dirs": {},
+    "ss_resolution": "(64, 64)",
+    "ss_shuffle_caption": False,
+    "ss_tag_frequency": {"10_sks dog": {"sks dog": 8, "blue sky": 8}},
+}
+RUN = RunFacts(
+    base=BaseModel("sd15.safetensors", "sd_v1", "stable-diffusion-v1", "epsilon", Hashes("ab" * 32, "c6406a4c")),
+    datasets=DATA,
+    resolution=(64, 64),
+    optimizer="torch.optim.adamw.AdamW",
+    session_id=2581693713,
+    started_at=1795217077.6192226,
+    finished_at=1795217113.4265301,
+    steps=8,
+    max_train_steps=8,
+    epoch=1,
+    num_epochs=1,
+    total_batch_size=2,
+)
+# The keys that other programs find in a network's file, but for the two hashes of its tensors.
+KEYS = set((Path(__file__).parent / "data/golden/metadata_keys.txt").read_text().split())
+
+
+def test_a_network_has_the_keys_that_others_read():
+    metadata = network_metadata(SETTINGS, RUN)
+    assert set(metadata) == KEYS
+    assert all(isinstance(value, str) for value in metadata.values())
+
+
+def test_values_are_written_as_others_write_them():
+    metadata = network_metadata(SETTINGS, RUN)
+    expected = {
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.date": "2026-11-20T23:25:13",
+        "modelspec.resolution": "64x64",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": "k",
+        "ss_base_model_version": "sd_v1",
+        "ss_bucket_info": '{"buckets": {"0": {"resolution": [64, 64], "count": 80}}, "mean_img_ar_error": 0.25}',
+        "ss_dataset_dirs": '{"10_sks dog": {"n_repeats": 10, "img_count": 8}}',
+        "ss_enable_bucket": "True",
+        "ss_learning_rate": "0.0001",
+        "ss_network_dropout": "None",
+        "ss_new_sd_model_hash": "ab" * 32,
+        "ss_reg_dataset_dirs": "{}",
+        "ss_resolution": "(64, 64)",
+        "ss_sd_model_hash": "c6406a4c",
+        "ss_tag_frequency": '{"10_sks dog": {"sks dog": 8, "blue sky": 8}}',
+        "ss_training_finished_at": "1795217113.4265301",
+    }
+    assert {name: metadata[name] for name in expected} == expected
+
+
+def test_no_path_is_written():
+    assert not [name for name, value in network_metadata(SETTINGS, RUN).items() if "somebody" in value]
+
+
+def test_several_datasets_are_listed():
+    run = dataclasses.replace(RUN, datasets={"ss_num_train_images": 80, "ss_datasets": [{"resolution": (64, 64)}]})
+    metadata = network_metadata(SETTINGS, run)
+    assert metadata["ss_datasets"] == '[{"resolution": [64, 64]}]'
+    assert metadata["ss_num_train_images"] == "80"
+    assert "ss_color_aug" not in metadata
+
+
+def test_without_bucketing_the_bucket_info_is_json_too():
+    run = dataclasses.replace(RUN, datasets=DATA | {"ss_bucket_info": None})
+    assert network_metadata(SETTINGS, run)["ss_bucket_info"] == "null"
+
+
+def test_network_arguments_are_written_if_there_are_any():
+    metadata = network_metadata(SETTINGS | {"network_args": {"conv_dim": "4"}}, RUN)
+    assert metadata["ss_network_args"] == '{"conv_dim": "4"}'
+
+
+def test_without_metadata_what_a_reader_needs_is_left():
+    metadata = network_metadata(SETTINGS | {"no_metadata": True}, RUN)
+    left = {name for name in metadata if name.startswith("ss_")}
+    assert left == {"ss_base_model_version", "ss_network_alpha", "ss_network_dim", "ss_network_module", "ss_v2"}
+
+
+def test_descriptions_come_from_their_flags():
+    described = {
+        "metadata_title": "Sks",
+        "metadata_author": "me",
+        "metadata_tags": "dog, sks",
+        "metadata_license": None,
+    }
+    fields = modelspec(SETTINGS | described, RUN)
+    assert (fields["modelspec.title"], fields["modelspec.author"], fields["modelspec.tags"]) == (
+        "Sks",
+        "me",
+        "dog, sks",
+    )
+    assert fields["modelspec.architecture"] == "stable-diffusion-v1"
+    assert "modelspec.license" not in fields
+
+
+def test_a_base_model_without_hashes():
+    run = dataclasses.replace(RUN, base=dataclasses.replace(RUN.base, hashes=None))
+    assert not {"ss_sd_model_hash", "ss_new_sd_model_hash"} & network_metadata(SETTINGS, run).keys()
+
+
+def test_network_hashes_are_those_of_the_file_with_its_training_metadata_alone(tmp_path):
+    tensors = {"a.lora_down.weight": torch.randn(600, 700), "a.alpha": torch.tensor(4.0)}
+    [key] = own = {"ss_training_comment": "x" * 1000}
+    hashes = network_hashes(tensors, torch.float32, {"modelspec.title": "t", key: own[key], "sshs_model_hash": "old"})
+    plain = safetensors.torch.save(tensors, own)
+    expected = hash_tensors(tensors, torch.float32, own)
+    assert hashes == {"sshs_model_hash": expected.sha256, "sshs_legacy_hash": expected.legacy}
+    # another program, which writes the file anew to check it, finds the same
+    (tmp_path / "plain.safetensors").write_bytes(plain)
+    assert hash_file(tmp_path / "plain.safetensors").legacy == hashes["sshs_legacy_hash"]
