@@ -1,0 +1,440 @@
+"""LoRA for the U-Net and the text encoders of Stable Diffusion (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+Each adapted layer computes ``W x + multiplier * alpha / rank * up(down(x))``; only ``down`` and ``up`` are trained.
+
+This file stands alone: copied out of the project it needs torch and safetensors, and works on the modules of a
+Diffusers pipeline. A layer is named by its path in the model, dots turned into underscores, after ``lora_unet_``,
+``lora_te_`` or, with two text encoders, ``lora_te1_`` and ``lora_te2_``. Callers hand in trees whose paths are the
+names they want.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+logger = logging.getLogger(__name__)
+
+TextEncoders = nn.Module | Sequence[nn.Module] | None
+StrPath = str | os.PathLike[str]
+
+DEFAULT_RANK = 4
+DEFAULT_ALPHA = 1.0
+UNET_PREFIX = "lora_unet"
+# A new network adapts the layers inside modules of these classes; one made from a file adapts whatever the file names.
+TEXT_ENCODER_TARGETS = frozenset({"CLIPAttention", "CLIPMLP"})
+UNET_TARGETS = frozenset({"Transformer2DModel"})
+
+
+class LoRAModule(nn.Module):
+    """The low-rank branch of one Linear or Conv2d layer.
+
+    `lora_down` keeps a convolution's kernel, stride and padding; `lora_up` is then 1x1. `alpha` None or 0 means the
+    rank. A new branch adds nothing, because `lora_up` starts at zero.
+    """
+
+    def __init__(
+        self,
+        lora_name: str,
+        org_module: nn.Module,
+        multiplier: float = 1.0,
+        lora_dim: int = DEFAULT_RANK,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.lora_name = lora_name
+        self.multiplier = multiplier
+        self.lora_dim = lora_dim
+        self.dropout = dropout
+        self.org_forward: Callable[..., Tensor] | None = None
+        if isinstance(org_module, nn.Conv2d):
+            window = {key: getattr(org_module, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+            self.lora_down = skip_init(nn.Conv2d, org_module.in_channels, lora_dim, bias=False, **window)
+            self.lora_up = skip_init(nn.Conv2d, lora_dim, org_module.out_channels, kernel_size=1, bias=False)
+        else:
+            self.lora_down = skip_init(nn.Linear, org_module.in_features, lora_dim, bias=False)
+            self.lora_up = skip_init(nn.Linear, lora_dim, org_module.out_features, bias=False)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_up.weight)
+
+        self.register_buffer("alpha", torch.tensor(float(alpha or lora_dim)))
+        self.register_load_state_dict_post_hook(LoRAModule._read_alpha)
+        self._read_alpha()
+
+    def _read_alpha(self, _incompatible_keys: Any = None) -> None:
+        # A plain number: reading the buffer in every forward would make the CPU wait for the GPU.
+        self.scale = self.alpha.item() / self.lora_dim
+
+    def apply_to(self, org_module: nn.Module) -> None:
+        """Puts this branch beside `org_module`, on top of any branch that is there already."""
+        if self.org_forward is not None:
+            raise RuntimeError(f"{self.lora_name} is already applied; make another network to apply it once more")
+        self.org_forward = org_module.forward
+        org_module.forward = self.forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output plus the branch's, in the layer's dtype.
+
+        `x`: (..., in_features) or (B, C, H, W). The branch computes in its own dtype, or in autocast's.
+        """
+        scale = self.multiplier * self.scale
+        if not scale:
+            return self.org_forward(x, *args, **kwargs)
+        if torch.is_autocast_enabled(x.device.type):
+            # Layer and branch would each make and keep their own cast copy of the input.
+            x = branch_input = x.to(torch.get_autocast_dtype(x.device.type))
+        else:
+            branch_input = x.to(self.lora_down.weight.dtype)
+        base = self.org_forward(x, *args, **kwargs)
+        hidden = self.lora_down(branch_input)
+        if self.dropout:
+            hidden = F.dropout(hidden, self.dropout, self.training)
+        return self._add_branch(base, hidden, scale)
+
+    def _add_branch(self, base: Tensor, hidden: Tensor, scale: float) -> Tensor:
+        """base + scale * up(hidden), with one temporary of the output's size less than the formula where possible."""
+        up = self.lora_up.weight
+        if up.dim() == 2 and hidden.dtype == base.dtype:
+            rows = base.reshape(-1, base.shape[-1])
+            return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=scale).view(base.shape)
+        return base + self.lora_up(hidden * scale).to(base.dtype)
+
+
+class LoRANetwork(nn.Module):
+    """All branches of a model, registered under their names: `state_dict()` has exactly the keys of a LoRA file."""
+
+    def __init__(self, loras: Iterable[LoRAModule], multiplier: float = 1.0) -> None:
+        super().__init__()
+        for lora in loras:
+            self.add_module(lora.lora_name, lora)
+        self.set_multiplier(multiplier)
+
+    @property
+    def text_encoder_loras(self) -> list[LoRAModule]:
+        return [lora for lora in self.children() if not lora.lora_name.startswith(UNET_PREFIX)]
+
+    @property
+    def unet_loras(self) -> list[LoRAModule]:
+        return [lora for lora in self.children() if lora.lora_name.startswith(UNET_PREFIX)]
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Strength of the whole network from the next forward on; 0 leaves the model's own output, bit for bit."""
+        self.multiplier = multiplier
+        for lora in self.children():
+            lora.multiplier = multiplier
+
+    def apply_to(
+        self,
+        text_encoder: TextEncoders,
+        unet: nn.Module | None,
+        apply_text_encoder: bool = True,
+        apply_unet: bool = True,
+    ) -> None:
+        """Attaches the branches to the layers of these modules; the branches of a part that is left out are dropped."""
+        dropped = ([] if apply_text_encoder else self.text_encoder_loras) + ([] if apply_unet else self.unet_loras)
+        for lora in dropped:
+            delattr(self, lora.lora_name)
+        layers = find_layers(text_encoder, unet)
+        missing = [lora.lora_name for lora in self.children() if lora.lora_name not in layers]
+        if missing:
+            raise ValueError(f"the model has no layer for {_listing(missing)}")
+        for lora in self.children():
+            lora.apply_to(layers[lora.lora_name])
+
+    def is_mergeable(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def merge_to(
+        self,
+        text_encoder: TextEncoders,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Adds `weights_sd` at the present multiplier to the model's own weights, instead of `apply_to`.
+
+        Sums are made in float32 on `device` (the weight's own by default) and rounded once, through `dtype` if given;
+        the weights keep their dtype, device and memory. Raises ValueError as `create_network_from_weights` does.
+        """
+        layers = find_layers(text_encoder, unet)
+        weights_sd = select_weights(weights_sd, layers)
+        for name in _lora_names(weights_sd):
+            weight = layers[name].weight
+            device_of_sum = weight.device if device is None else device
+            down, up = (
+                weights_sd[f"{name}.{part}.weight"].flatten(1).to(device_of_sum, torch.float32)
+                for part in ("lora_down", "lora_up")
+            )
+            scale = self.multiplier * weights_sd[f"{name}.alpha"].item() / len(down)
+            merged = weight.flatten(1).to(device_of_sum, torch.float32).addmm(up, down, alpha=scale)
+            weight.copy_(merged.view(weight.shape).to(dtype or weight.dtype))
+
+    def load_weights(self, file: StrPath) -> None:
+        """Loads a LoRA file into the network. Raises ValueError if it does not fit; a partial fit is logged."""
+        weights_sd = _with_alphas(read_weights(file))
+        own = self.state_dict()
+        shared = own.keys() & weights_sd.keys()
+        if not shared:
+            raise ValueError(f"{file}: none of its {len(weights_sd)} tensors belongs to this network")
+        for key in sorted(shared):
+            if weights_sd[key].shape != own[key].shape:
+                found, needed = _shape(weights_sd[key]), _shape(own[key])
+                raise ValueError(f"{file}: {key} is {found}, but this network, at its rank, needs {needed}")
+        if absent := own.keys() - shared:
+            logger.warning("%s has nothing for %s: left as they are", file, _listing(_lora_names(absent)))
+        if unknown := weights_sd.keys() - shared:
+            logger.warning("%s: ignored, the network has no such module: %s", file, _listing(_lora_names(unknown)))
+        self.load_state_dict({key: weights_sd[key] for key in shared}, strict=False)
+
+    def save_weights(
+        self, file: StrPath, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes the network to `file`: .safetensors, or with any other ending a pickle, which holds no metadata.
+
+        The same weights and metadata give the same bytes. What stood at `file` is replaced only by a complete new file.
+        """
+        file = Path(file)
+        tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in self.state_dict().items()}
+        unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        try:
+            if file.suffix == ".safetensors":
+                save_file(tensors, unfinished, dict(metadata or {}))
+                _sort_metadata(unfinished)
+            else:
+                torch.save(tensors, unfinished)
+            os.replace(unfinished, file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups and their names. A rate of None means `default_lr`; a part whose rate is 0 gets no group."""
+        groups, names = [], []
+        for name, loras, lr in (
+            ("text_encoder", self.text_encoder_loras, text_encoder_lr),
+            ("unet", self.unet_loras, unet_lr),
+        ):
+            lr = default_lr if lr is None else lr
+            if loras and lr:
+                groups.append({"params": [p for lora in loras for p in lora.parameters()], "lr": lr})
+                names.append(name)
+        return groups, names
+
+    def get_trainable_params(self) -> Iterable[nn.Parameter]:
+        return self.parameters()
+
+    def prepare_grad_etc(self, text_encoder: TextEncoders, unet: nn.Module | None) -> None:
+        self.requires_grad_(True)
+
+    def on_epoch_start(self, text_encoder: TextEncoders, unet: nn.Module | None) -> None:
+        self.train()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: the model's own checkpointing runs the branches along with its layers."""
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module | None,
+    neuron_dropout: float | None = None,
+    **network_args: Any,
+) -> LoRANetwork:
+    """A new network for the attention and feed-forward layers of these modules, in float32 on the default device.
+
+    `network_dim` None is rank 4, `network_alpha` None is 1 and 0 is the rank. `dropout` among the network arguments
+    wins over `neuron_dropout`: the chance of each of the rank's values to be zeroed while training. Raises ValueError
+    for an argument this network does not know.
+    """
+    dropout = _dropout(network_args, neuron_dropout)
+    rank = network_dim or DEFAULT_RANK
+    alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha
+    layers = find_layers(text_encoder, unet, TEXT_ENCODER_TARGETS, UNET_TARGETS)
+    loras = [
+        LoRAModule(name, layer, multiplier, rank, alpha, dropout)
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)
+    ]
+    if not loras:
+        raise ValueError("found no attention or feed-forward layer to adapt in the text encoder and the U-Net")
+    return LoRANetwork(loras, multiplier)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: StrPath | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module | None,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **network_args: Any,
+) -> tuple[LoRANetwork, dict[str, Tensor]]:
+    """A network with the modules, ranks and alphas of a LoRA file, or of `weights_sd`, which is then used instead.
+
+    Returns it with the weights that belong to it; they are not loaded yet: `apply_to`, then `load_state_dict`. Keys
+    that fit no layer are logged and left out. `for_inference` makes a frozen network in evaluation mode. Raises
+    ValueError if nothing fits or a shape is that of another kind of model.
+    """
+    dropout = _dropout(network_args, None)
+    layers = find_layers(text_encoder, unet)
+    weights_sd = select_weights(read_weights(file) if weights_sd is None else weights_sd, layers)
+    loras = [
+        LoRAModule(
+            name,
+            layers[name],
+            multiplier,
+            len(weights_sd[f"{name}.lora_down.weight"]),
+            weights_sd[f"{name}.alpha"].item(),
+            dropout,
+        )
+        for name in _lora_names(weights_sd)
+    ]
+    network = LoRANetwork(loras, multiplier)
+    if for_inference:
+        network.eval().requires_grad_(False)
+    return network, weights_sd
+
+
+def find_layers(
+    text_encoder: TextEncoders,
+    unet: nn.Module | None,
+    text_encoder_targets: Collection[str] | None = None,
+    unet_targets: Collection[str] | None = None,
+) -> dict[str, nn.Module]:
+    """The Linear and Conv2d layers by LoRA name: all of them, or those inside modules of the target classes."""
+    layers: dict[str, nn.Module] = {}
+    several = isinstance(text_encoder, Sequence | nn.ModuleList)
+    encoders = list(text_encoder) if several else [text_encoder]
+    for number, encoder in enumerate(encoders, start=1):
+        if encoder is not None:
+            prefix = f"lora_te{number}_" if len(encoders) > 1 else "lora_te_"
+            # transformers 5 took the text_model level out of CLIPTextModel; in LoRA files it is part of the name.
+            if not any(name == "text_model" for name, _ in encoder.named_children()):
+                prefix += "text_model_"
+            layers |= _layers_within(encoder, prefix, text_encoder_targets)
+    if unet is not None:
+        layers |= _layers_within(unet, f"{UNET_PREFIX}_", unet_targets)
+    return layers
+
+
+def _layers_within(root: nn.Module, prefix: str, targets: Collection[str] | None) -> dict[str, nn.Module]:
+    if targets is None:
+        scopes = [("", root)]
+    else:
+        scopes = [(path, module) for path, module in root.named_modules() if type(module).__name__ in targets]
+    return {
+        prefix + path.replace(".", "_"): layer
+        for scope_path, scope in scopes
+        for path, layer in scope.named_modules(prefix=scope_path)
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+
+
+def read_weights(file: StrPath) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickle (.pt, .ckpt) that holds nothing but tensors."""
+    if Path(file).suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def select_weights(weights_sd: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The part of a LoRA that fits `layers`, with an alpha for every module (the rank where the file has none).
+
+    Logs the modules that are left out. Raises ValueError if nothing fits, or if a shape contradicts the layer's.
+    """
+    weights_sd = _with_alphas(weights_sd)
+    selected: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        keys = f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
+        if all(key in weights_sd for key in keys):
+            _check_shapes(name, layer, weights_sd[keys[0]], weights_sd[keys[1]])
+            selected |= {key: weights_sd[key] for key in keys}
+    left_out = weights_sd.keys() - selected.keys()
+    if not selected:
+        names = _listing(_lora_names(left_out)) if left_out else "it is empty"
+        raise ValueError(f"nothing in this LoRA fits the model: {names}")
+    if left_out:
+        logger.warning("%d tensors of the LoRA fit no layer and are ignored: %s", len(left_out), _listing(left_out))
+    return selected
+
+
+def _check_shapes(name: str, layer: nn.Module, down: Tensor, up: Tensor) -> None:
+    out_features, in_features, *kernel = layer.weight.shape
+    rank = len(down)
+    needed_down, needed_up = (rank, in_features, *kernel), (out_features, rank, *(1 for _ in kernel))
+    if down.shape != needed_down or up.shape != needed_up:
+        raise ValueError(
+            f"{name} is {_shape(down)} and {_shape(up)} in the LoRA, but at rank {rank} the model needs "
+            f"{_shape(needed_down)} and {_shape(needed_up)}; the LoRA was made for another kind of model"
+        )
+
+
+def _with_alphas(weights_sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    complete = dict(weights_sd)
+    for key, down in weights_sd.items():
+        name, _, part = key.partition(".")
+        if part == "lora_down.weight":
+            alpha = weights_sd.get(f"{name}.alpha")
+            complete[f"{name}.alpha"] = torch.tensor(float(len(down))) if alpha is None else alpha.reshape(())
+    return complete
+
+
+def _dropout(network_args: dict[str, Any], default: float | None) -> float:
+    """The one network argument there is, as a number; from a command line it comes as text."""
+    unknown = sorted(network_args.keys() - {"dropout"})
+    if unknown:
+        raise ValueError(f"unknown network argument {', '.join(unknown)}; this network knows: dropout")
+    text = network_args.get("dropout")
+    try:
+        dropout = float((default if text is None else text) or 0)
+    except ValueError:
+        dropout = math.nan
+    if not 0 <= dropout < 1:
+        raise ValueError(f"the network's dropout must be at least 0 and below 1, not {text or default!r}")
+    return dropout
+
+
+def _lora_names(keys: Iterable[str]) -> list[str]:
+    """Module names of these keys, each once, in order."""
+    return list(dict.fromkeys(key.partition(".")[0] for key in keys))
+
+
+def _listing(names: Collection[str], limit: int = 10) -> str:
+    shown = sorted(names)[:limit]
+    return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _shape(tensor: Tensor | tuple[int, ...]) -> str:
+    return "x".join(map(str, tensor.shape if isinstance(tensor, Tensor) else tensor)) or "scalar"
+
+
+def _sort_metadata(file: Path) -> None:
+    """Rewrites the header with its metadata sorted (safetensors orders it randomly) and puts the file on the disk."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(text) != size:
+            raise RuntimeError(f"{file}: its sorted header does not fit in the place of the unsorted one")
+        stream.seek(8)
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
