@@ -1,0 +1,145 @@
+"""From settings to a finished run: everything is prepared here, in the order in which it depends on each other."""
+
+import secrets
+import time
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from library.console import notice
+from library.data.config import check_resolutions
+from library.data.dataset import ImageDataset, make_loader
+from library.data.plan import PlanSampler, RunPlan
+from library.data.records import scan
+from library.models.family import inspect_model, load_model
+from library.options.base import Settings
+from library.options.cache import CacheOptions
+from library.options.loader import LoaderOptions
+from library.options.logging import LogOptions
+from library.options.model import ModelOptions
+from library.options.optimizer import OptimizerOptions
+from library.options.precision import PrecisionOptions
+from library.options.preview import PreviewOptions
+from library.options.saving import SaveOptions
+from library.options.training import TrainingOptions
+from library.training import events, precision, tracking
+from library.training.hardware import settle_precision
+from library.training.methods.base import Method
+from library.training.movement import Movement
+from library.training.optimizers import make_optimizer
+from library.training.preflight import Plans
+from library.training.preparation import prepare_latents
+from library.training.previews import Previewer
+from library.training.provenance import Provenance
+from library.training.report import after_training, before_training
+from library.training.saving import Saver
+from library.training.schedulers import make_scheduler
+from library.training.state import Progress
+from library.training.step import TrainingStep
+from library.training.stepper import Stepper
+from library.training.trainer import train
+
+
+def launch(settings: Settings, plans: Plans, method: Method) -> None:
+    """Prepare everything in the order of its dependencies, then train."""
+    training, model_file = settings[TrainingOptions], settings[ModelOptions].pretrained_model_name_or_path
+    info = inspect_model(model_file)
+    check_resolutions(plans.datasets, info.latents.step)
+
+    # Records and plan: what every step will see.
+    accelerator, formats = make_accelerator(settings)
+    seed = settle_seed(training.seed, accelerator)
+    table = scan(plans.datasets)
+    plan = RunPlan(
+        table,
+        plans.datasets,
+        seed=seed,
+        accumulation=training.gradient_accumulation_steps,
+        world=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    total_steps = training.total_steps(plan.steps_per_epoch)
+    progress = Progress(total_steps, total_epochs=-(-total_steps // plan.steps_per_epoch))
+
+    # Model, caches, and what is trained.
+    model = load_model(model_file, formats.frozen, accelerator.device, vae_dtype=formats.vae)
+    latents = prepare_latents(settings[CacheOptions], model, table, plans.datasets)
+    trained = method.build(model)
+    groups = method.parameter_groups()
+    if settings[PrecisionOptions].gradient_checkpointing:
+        model.enable_gradient_checkpointing(unet=True, text_encoders=method.trains_text_encoder())
+
+    # What moves it.
+    optimizer = make_optimizer(settings[OptimizerOptions], groups)
+    scheduler = make_scheduler(settings[OptimizerOptions], optimizer, total_steps)
+    movement = Movement(groups, optimizer)
+    root, prepared = accelerator.prepare(TrainingStep(model, trained, model.noise_process()), optimizer)
+    names = [group.name for group in groups]
+    stepper = Stepper(accelerator, root, prepared, scheduler, names, settings[OptimizerOptions].clip_norm)
+
+    # What it is fed with, and what happens besides.
+    dataset = ImageDataset(table, plans.datasets, latents, prior_loss_weight=training.prior_loss_weight)
+    loader_options = settings[LoaderOptions]
+    sampler = PlanSampler(plan, progress.step, total_steps)
+    loader = make_loader(dataset, sampler, loader_options.workers, loader_options.persistent_data_loader_workers)
+    accelerator.print(before_training(table, plans.datasets, plan, progress, groups, accelerator))
+    provenance = Provenance(settings, seed, info, model.noise_process(), table, plans.datasets, plan, optimizer)
+    tracker = tracking.start(settings[LogOptions], accelerator, progress)
+    saver = Saver(settings[SaveOptions], plans.output_dir, method, trained, formats.saved, provenance, accelerator)
+    previewer = Previewer(
+        settings[PreviewOptions],
+        plans.prompts,
+        plans.output_dir / "sample",
+        settings[SaveOptions].output_name or "last",
+        model,
+        trained,
+        method,
+        tracker,
+        accelerator,
+    )
+    schedule = events.Schedule(
+        [
+            events.CheckMovement(movement),
+            events.Preview(settings[PreviewOptions], previewer),
+            events.SaveStep(settings[SaveOptions], saver),
+            events.SaveEpoch(settings[SaveOptions], saver),
+        ],
+        at_start=[previewer.paint_at_first],
+        at_end=[tracker.finish, saver.save_final],
+    )
+    train(
+        loader=loader,
+        root=root,
+        method=method,
+        stepper=stepper,
+        schedule=schedule,
+        tracker=tracker,
+        progress=progress,
+        seed=seed,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    accelerator.print(after_training(movement))
+
+
+def make_accelerator(settings: Settings) -> tuple[Accelerator, precision.Precision]:
+    """The processes and the device, with the precision that they can train in."""
+    folder = tracking.log_folder(settings[LogOptions], time.localtime())
+    wanted = settings[PrecisionOptions].mixed_precision
+    mixed = settle_precision(wanted, Accelerator(mixed_precision="no").device)
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        log_with="tensorboard" if folder else None,
+        project_dir=folder,
+    )
+    return accelerator, precision.choose(settings[PrecisionOptions], settings[SaveOptions], mixed)
+
+
+def settle_seed(wanted: int | None, accelerator: Accelerator) -> int:
+    """--seed, or one drawn by the first process for all of them, and shown."""
+    if wanted is not None:
+        return wanted
+    drawn = broadcast_object_list([secrets.randbelow(2**32)])[0]
+    notice(f"no --seed was given, this run's is {drawn}")
+    return drawn

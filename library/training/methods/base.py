@@ -1,0 +1,62 @@
+"""What a training method must answer."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.data.plan import BatchPlan
+from library.models.family import Family
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate. `name` is their name in the logs."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    learning_rate: float
+
+
+class Method(ABC):
+    """What is trained, and what a finished file of it holds."""
+
+    architecture_suffix: str = ""  # appended to the model's architecture in the file's modelspec metadata
+
+    @abstractmethod
+    def build(self, model: Family) -> nn.Module:
+        """Freeze what is not trained and return the module that holds what is. Called once, before everything below."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The trained parameters, each in one group."""
+
+    @abstractmethod
+    def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+        """Write the trained part as users load it. The file appears under its name only when it is whole."""
+
+    def trains_text_encoder(self) -> bool:
+        """Whether gradients pass through a text encoder."""
+        return True
+
+    def metadata(self) -> dict[str, str]:
+        """The method's own entries in a file's metadata."""
+        return {}
+
+    def on_epoch_start(self, epoch: int) -> None:
+        """Called before the first micro-batch of every epoch, counted from 1."""
+
+    def on_micro_step(self, plan: BatchPlan) -> None:
+        """Called before every micro-batch."""
+
+    def after_step(self, step: int) -> None:
+        """Called after every optimizer step; `step` are done by then."""
+
+    @contextlib.contextmanager
+    def published_weights(self) -> Iterator[None]:
+        """While it lasts, the trained tensors are those to show and to save; afterwards the trained ones, bit for bit."""
+        yield

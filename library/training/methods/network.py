@@ -1,0 +1,121 @@
+"""Training a network (LoRA or a relative) beside a frozen model.
+
+`NetworkMethod` is the one place that knows how network modules, ours and other people's, want to be called. They see the
+model only through its attach points.
+"""
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from library.data.plan import BatchPlan
+from library.errors import UserError
+from library.models.checkpoint import open_weights, write_tensors
+from library.models.family import AttachPoints, Family
+from library.models.metadata import network_hashes
+from library.options.network import NetworkOptions
+from library.options.optimizer import OptimizerOptions
+from library.training.methods.base import Method, ParameterGroup
+
+
+class NetworkMethod(Method):
+    """Trains what --network_module creates."""
+
+    architecture_suffix = "/lora"
+
+    def __init__(self, options: NetworkOptions, optimizer: OptimizerOptions):
+        self.options = options
+        self.default_rate = optimizer.learning_rate
+        self.network: nn.Module
+        self.points: AttachPoints
+
+    def build(self, model: Family) -> nn.Module:
+        model.requires_grad_(False)
+        self.points = model.attach_points()
+        text_encoders = self._text_encoders()
+        module = import_network_module(self.options.network_module)
+        keywords = dict(self.options.network_keywords)
+        keywords.setdefault("dropout", self.options.network_dropout)
+        try:
+            self.network = module.create_network(
+                1.0,
+                self.options.rank,
+                self.options.network_alpha,
+                model.vae,
+                text_encoders,
+                self.points.unet,
+                neuron_dropout=self.options.network_dropout,
+                **keywords,
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--network_args: {self.options.network_module} refuses them: {error}") from error
+        self.network.apply_to(text_encoders, self.points.unet, self.trains_text_encoder(), self._trains_unet())
+        self.network.prepare_grad_etc(text_encoders, self.points.unet)
+        self.network.to(model.unet.device, torch.float32)
+        return self.network
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        rates = self.options.text_encoder_lr or (None,)
+        unet_rate, default = self.options.unet_lr, self.default_rate
+        several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
+        if several is not None:
+            answer = several(list(rates) if self.options.text_encoder_lr else None, unet_rate, default)
+        else:
+            answer = self.network.prepare_optimizer_params(rates[0], unet_rate, default)
+        groups, names = answer if isinstance(answer, tuple) else (answer, None)
+        if not groups:
+            raise UserError("nothing is left to train: every learning rate of the network is 0")
+        names = names or ([f"group{i}" for i in range(len(groups))] if len(groups) > 1 else ["network"])
+        return [
+            ParameterGroup(name, list(group["params"]), float(group.get("lr", default)))
+            for name, group in zip(names, groups, strict=True)
+        ]
+
+    def trains_text_encoder(self) -> bool:
+        return not self.options.network_train_unet_only
+
+    def _trains_unet(self) -> bool:
+        return not self.options.network_train_text_encoder_only
+
+    def _text_encoders(self) -> nn.Module | list[nn.Module]:
+        """One module, or a list where the model has several, as network modules expect it."""
+        encoders = self.points.text_encoders
+        return encoders[0] if len(encoders) == 1 else encoders
+
+    def on_epoch_start(self, epoch: int) -> None:
+        self.network.on_epoch_start(self._text_encoders(), self.points.unet)
+
+    def on_micro_step(self, plan: BatchPlan) -> None:
+        if hasattr(self.network, "on_step_start"):
+            self.network.on_step_start()
+
+    def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+        """The network writes its file aside, since what it puts there is its own affair; ours hashes and publishes it."""
+        draft = path.with_name(f".{path.stem}.network{path.suffix}")
+        try:
+            self.network.save_weights(str(draft), dtype, None)
+            with open_weights(draft) as file:
+                tensors = {key: file.get(key) for key in file.keys()}
+            write_tensors(path, tensors, None, {**metadata, **network_hashes(tensors, None, metadata)})
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def import_network_module(name: str) -> ModuleType:
+    """The module of --network_module. UserError if it is missing or is no network module."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise UserError(
+                f"--network_module {name} needs the package {error.name}: pip install {error.name}"
+            ) from error
+        raise UserError(f"--network_module: there is no module {name} (LoRA is networks.lora)") from error
+    if not inspect.isfunction(getattr(module, "create_network", None)):
+        raise UserError(f"--network_module {name} is no network module: it has no function create_network")
+    return module

@@ -1,0 +1,64 @@
+"""Whether training moves what it should: a group without gradients is a run wasted, and nothing else would tell."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.training.methods.base import ParameterGroup
+
+_SAMPLED = 4096  # values watched of each parameter, spread evenly
+_STEPS = 3  # a fresh LoRA's lower factor gets its first gradient in the second step
+
+
+class Movement:
+    """Watches the gradients of the first optimizer steps, and how far the parameters have come since the start."""
+
+    def __init__(self, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer):
+        self.groups = groups
+        self.start = [[_sample(parameter) for parameter in group.parameters] for group in groups]
+        self.steps = [0] * len(groups)  # with a learning rate above 0
+        self.largest: list[Tensor | float] = [0.0] * len(groups)
+        self._hook = optimizer.register_step_pre_hook(self._observe)
+
+    def _observe(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for i, group in enumerate(optimizer.param_groups):
+            if group["lr"] > 0:
+                self.steps[i] += 1
+                gradients = [parameter.grad.abs().amax() for parameter in group["params"] if parameter.grad is not None]
+                if gradients:
+                    self.largest[i] = torch.stack(
+                        [*gradients, torch.as_tensor(self.largest[i]).to(gradients[0])]
+                    ).amax()
+        if self.observed:
+            self._hook.remove()
+
+    @property
+    def observed(self) -> bool:
+        """Whether every group has had the steps it takes to judge it."""
+        return min(self.steps) >= _STEPS
+
+    def check(self) -> None:
+        """UserError naming the groups whose gradients stayed zero although their learning rate was not."""
+        still = [group.name for group, largest in zip(self.groups, self.largest, strict=True) if float(largest) == 0]
+        if still:
+            raise UserError(
+                f"the parameters of {' and '.join(still)} get no gradient in the first {_STEPS} steps, so they would not be "
+                "trained: set their learning rate to 0 if that is meant, or look at what the network is attached to"
+            )
+
+    def relative_changes(self) -> dict[str, float]:
+        """|now - start| / |start| of each group, from the watched values."""
+        changes = {}
+        for group, start in zip(self.groups, self.start, strict=True):
+            now = torch.cat([_sample(parameter) for parameter in group.parameters])
+            before = torch.cat(start)
+            changes[group.name] = float((now - before).norm() / before.norm().clamp_min(1e-12))
+        return changes
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Up to _SAMPLED values of a parameter, float32 on the CPU."""
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu().clone()

@@ -1,0 +1,33 @@
+"""Which numbers are kept in which precision."""
+
+from dataclasses import dataclass
+
+import torch
+
+from library.options.precision import PrecisionOptions
+from library.options.saving import SaveOptions
+
+MIXED = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SAVED = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The precisions of a run. What is trained is kept in float32; autocast computes in `frozen`."""
+
+    mixed: str  # accelerate's name
+    frozen: torch.dtype
+    vae: torch.dtype
+    saved: torch.dtype
+
+
+def choose(options: PrecisionOptions, saving: SaveOptions, mixed: str) -> Precision:
+    """`mixed`: --mixed_precision, or what this machine replaces it with."""
+    frozen = MIXED[mixed]
+    wanted = saving.save_precision
+    return Precision(
+        mixed=mixed,
+        frozen=frozen,
+        vae=torch.float32 if options.no_half_vae else frozen,
+        saved=SAVED[wanted] if wanted in SAVED else frozen,
+    )

@@ -1,0 +1,66 @@
+"""What can be known to be wrong before torch is imported and anything is loaded. Imports no torch."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.data.config import DatasetConfig, load_datasets
+from library.errors import UserError, suggest_path
+from library.generation.prompts import PromptLine, read_prompts
+from library.options.base import Settings
+from library.options.dataset import DatasetOptions
+from library.options.model import ModelOptions
+from library.options.preview import PreviewOptions
+from library.options.saving import SaveOptions
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What the settings come to: what is trained on, where it goes and what is painted meanwhile."""
+
+    datasets: tuple[DatasetConfig, ...]
+    output_dir: Path
+    prompts: tuple[PromptLine, ...]
+
+
+def check(settings: Settings) -> Plans:
+    """UserError for the first mistake found in the settings and the files they name."""
+    check_model(settings[ModelOptions].pretrained_model_name_or_path)
+    output_dir = check_output_dir(settings[SaveOptions].output_dir)
+    datasets = load_datasets(settings[DatasetOptions], settings.given)
+    return Plans(datasets, output_dir, check_prompts(settings[PreviewOptions]))
+
+
+def check_model(path: str | None) -> None:
+    """A model must be named and be a file. What is in it is looked at later."""
+    if not path:
+        raise UserError("no model to train on: give --pretrained_model_name_or_path a .safetensors or .ckpt file")
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, but --pretrained_model_name_or_path takes a .safetensors or .ckpt file")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: there is no such model file{suggest_path(Path(path))}")
+
+
+def check_output_dir(name: str | None) -> Path:
+    """Make the output folder and try to write into it."""
+    if name is None:
+        raise UserError("nowhere to save: give --output_dir a folder")
+    folder = Path(name)
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir: {folder} cannot be written to ({error.strerror})") from error
+    return folder
+
+
+def check_prompts(options: PreviewOptions) -> tuple[PromptLine, ...]:
+    """The prompts to paint; none where no preview is due."""
+    wanted = options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs
+    if wanted and options.sample_prompts is None:
+        raise UserError("previews are asked for, but no prompts: give --sample_prompts a file of them")
+    if options.sample_prompts is None or not wanted:
+        return ()
+    return read_prompts(options.sample_prompts)

@@ -1,0 +1,73 @@
+"""Where a trained file comes from: the facts of a run that its metadata tells."""
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from library.data.config import DatasetConfig
+from library.data.plan import RunPlan
+from library.data.records import RecordTable
+from library.data.summary import dataset_metadata
+from library.models.family import ModelInfo
+from library.models.metadata import BaseModel, RunFacts, network_metadata
+from library.models.noise import NoiseProcess
+from library.options.base import Settings
+from library.options.network import NetworkOptions
+from library.training.state import Progress
+
+
+class Provenance:
+    """Called with the progress of a save, it gives the metadata of the file."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        seed: int,
+        info: ModelInfo,
+        noise: NoiseProcess,
+        table: RecordTable,
+        datasets: Sequence[DatasetConfig],
+        plan: RunPlan,
+        optimizer: torch.optim.Optimizer,
+    ):
+        network = settings[NetworkOptions]
+        self.settings = settings.flat() | {
+            "seed": seed,
+            "network_dim": network.rank,
+            "network_args": network.network_keywords,
+        }
+        self.base = BaseModel(
+            name=Path(info.path).name,
+            version=info.family.base_model_version,
+            architecture=info.family.architecture,
+            prediction_type=noise.prediction_type,
+            hashes=info.hashes,
+        )
+        self.datasets = datasets
+        self.dataset_fields = dataset_metadata(table, datasets, plan)
+        self.world = plan.world
+        kind = type(optimizer)
+        self.optimizer = f"{kind.__module__}.{kind.__qualname__}"
+        self.session_id = random.SystemRandom().randrange(2**32)
+        self.started_at = time.time()
+
+    def __call__(self, progress: Progress) -> dict[str, str]:
+        batch_sizes = [dataset.batch_size for dataset in self.datasets]
+        facts = RunFacts(
+            base=self.base,
+            datasets=self.dataset_fields,
+            resolution=self.datasets[0].resolution,
+            optimizer=self.optimizer,
+            session_id=self.session_id,
+            started_at=self.started_at,
+            finished_at=time.time(),
+            steps=progress.step,
+            max_train_steps=progress.total_steps,
+            epoch=progress.epoch,
+            num_epochs=progress.total_epochs,
+            total_batch_size=max(batch_sizes) * self.world * self.settings["gradient_accumulation_steps"],
+        )
+        return network_metadata(self.settings, facts)

@@ -1,0 +1,41 @@
+"""What the user is shown before and after training."""
+
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+
+from library.data.config import DatasetConfig
+from library.data.plan import RunPlan
+from library.data.records import RecordTable
+from library.data.summary import summarise
+from library.training.methods.base import ParameterGroup
+from library.training.movement import Movement
+from library.training.state import Progress
+
+
+def before_training(
+    table: RecordTable,
+    datasets: Sequence[DatasetConfig],
+    plan: RunPlan,
+    progress: Progress,
+    groups: list[ParameterGroup],
+    accelerator: Accelerator,
+) -> str:
+    """What will be trained on, for how long, and how fast it is learned."""
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    lines = [
+        "",
+        str(summarise(table, datasets, plan)),
+        f"in all: {progress.total_steps} optimizer steps in {progress.total_epochs} epochs "
+        f"on {accelerator.device}{processes}",
+    ]
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group.parameters)
+        lines.append(f"trained: {group.name}, {count:,} parameters, learning rate {group.learning_rate:g}")
+    return "\n".join([*lines, ""])
+
+
+def after_training(movement: Movement) -> str:
+    """How far each group has come."""
+    changes = movement.relative_changes().items()
+    return "\n".join(f"{name}: weights changed by {change:.2%} of their size" for name, change in changes)

@@ -1,0 +1,46 @@
+"""The root module: everything that is differentiated, from a batch to one loss per sample."""
+
+import torch
+from torch import Tensor, nn
+
+from library.data.dataset import Batch
+from library.models.family import Family
+from library.models.noise import NoiseProcess, sample_noise
+from library.training.objective import squared_error
+
+
+class TrainingStep(nn.Module):
+    """Encodes the captions, adds noise, asks the denoiser and compares.
+
+    Accelerate prepares this one module, so that whatever engine runs it sees every trained parameter, and sees it used in
+    `forward`. `trained` is a child only for that reason: it acts through the model's own layers.
+    """
+
+    def __init__(self, model: Family, trained: nn.Module, noise: NoiseProcess):
+        super().__init__()
+        self.model = model
+        self.trained = trained
+        self.noise = noise
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B,) float32: each sample's loss times its weight."""
+        latents = self.latents_of(batch)
+        timesteps = self.noise.sample_timesteps(batch.seeds).to(latents.device)
+        noise = sample_noise(latents.shape[1:], batch.seeds).to(latents.device)
+        return self.losses(batch, latents, noise, timesteps)
+
+    def losses(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """(B,) float32 for scaled latents (B, C, h, w), noise of the same shape and timesteps (B,) of the caller's choice."""
+        condition = self.model.condition(self.model.encode_text(batch.captions), batch)
+        noisy = self.noise.add_noise(latents, noise, timesteps)
+        prediction = self.model.denoise(noisy, timesteps, condition)
+        return squared_error(prediction, self.noise.target(latents, noise, timesteps)) * batch.weights
+
+    @torch.no_grad()
+    def latents_of(self, batch: Batch) -> Tensor:
+        """Scaled latents (B, C, h, w) float32: those of the cache, or encoded now in the autoencoder's own precision."""
+        latents = batch.latents
+        if latents is None:
+            with torch.autocast(batch.images.device.type, enabled=False):
+                latents = self.model.encode_images(batch.images, batch.seeds)
+        return latents * self.model.latents.scale

@@ -1,0 +1,123 @@
+"""Eyes on the run: the progress bar and the log."""
+
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from library.data.plan import BatchPlan
+from library.options.logging import LogOptions
+from library.training.state import Progress
+from library.training.stepper import StepInfo
+
+DEFAULT_NAME = "network_train"
+_WINDOW = 100  # steps that the average loss looks back
+
+
+def log_folder(options: LogOptions, now: time.struct_time) -> Path | None:
+    """`<logging_dir>/<log_prefix><YYYYmmddHHMMSS>`, None when nothing is logged."""
+    if options.logging_dir is None:
+        return None
+    return Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S', now)}"
+
+
+def start(options: LogOptions, accelerator: Accelerator, progress: Progress) -> "Tracker":
+    """Open the log, if there is to be one, and the progress bar."""
+    if options.logging_dir is not None:
+        accelerator.init_trackers(options.log_tracker_name or DEFAULT_NAME)
+    return Tracker(accelerator, progress)
+
+
+class LaggedCopy:
+    """A device tensor on its way to the CPU: read one step later, so that reading never waits for the device."""
+
+    def __init__(self, tensor: Tensor):
+        self.host = tensor.detach().to("cpu", non_blocking=True)
+        self.arrived = None
+        if tensor.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host.tolist()
+
+
+class Tracker:
+    """Collects losses and shows and logs them one step late, so that the device never waits to be read."""
+
+    def __init__(self, accelerator: Accelerator, progress: Progress):
+        self.accelerator = accelerator
+        self.recent: deque[float] = deque(maxlen=_WINDOW)
+        self.loss: Tensor | None = None
+        self.pending: tuple[LaggedCopy, StepInfo, Progress] | None = None
+        self.bar = tqdm(
+            total=progress.total_steps,
+            initial=progress.step,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+        self.started = time.monotonic()
+        self.images_before = progress.images
+
+    def add(self, losses: Tensor, plan: BatchPlan) -> None:
+        """A micro-batch's losses (B,)."""
+        share = losses.detach().sum() / plan.images_in_step
+        self.loss = share if self.loss is None else self.loss + share
+
+    def step(self, info: StepInfo, progress: Progress) -> None:
+        """The end of an optimizer step: show the step before, and keep this one for the next time."""
+        loss = self.accelerator.reduce(self.loss, "sum")
+        self.loss = None
+        self._show()
+        values = LaggedCopy(torch.stack([loss.float(), info.gradient_norm.float().to(loss.device)]))
+        self.pending = (values, info, Progress(**vars(progress)))
+        self.bar.update(1)
+
+    def finish(self, progress: Progress) -> None:
+        """Show the last step and close the log."""
+        self._show()
+        self.bar.close()
+        self.accelerator.end_training()
+
+    def _show(self) -> None:
+        if self.pending is None:
+            return
+        values, info, progress = self.pending
+        self.pending = None
+        loss, norm = values.read()
+        self.recent.append(loss)
+        average = sum(self.recent) / len(self.recent)
+        speed = (progress.images - self.images_before) / max(time.monotonic() - self.started, 1e-9)
+        rate = max(info.rates.values())
+        self.bar.set_postfix_str(
+            f"loss {average:.4f}, lr {rate:.2e}, {speed:.1f} images/s, {used_memory()}", refresh=False
+        )
+        logs = {"loss/current": loss, "loss/average": average, "gradient_norm": norm, "images_per_second": speed}
+        logs |= {f"lr/{name}": rate for name, rate in info.rates.items()}
+        self.accelerator.log(logs, step=progress.step)
+
+    def log_pictures(self, pictures: dict[str, Image.Image], step: int) -> None:
+        """Pictures by name, to every tracker that shows pictures."""
+        arrays = {name: np.asarray(picture)[None] for name, picture in pictures.items()}  # (1, H, W, 3)
+        for tracker in self.accelerator.trackers:
+            tracker.log_images(arrays, step=step, dataformats="NHWC")
+
+
+def used_memory() -> str:
+    """The most memory this process has held: the device's where there is one, else its own."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GB"
+    import psutil
+
+    return f"{psutil.Process().memory_info().rss / 2**30:.1f} GB"

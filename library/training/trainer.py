@@ -1,0 +1,64 @@
+"""The training loop: read it once and you know the system."""
+
+import random
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from library.data.dataset import Batch
+from library.data.plan import BatchPlan
+from library.randomness import address
+from library.training.events import Schedule
+from library.training.methods.base import Method
+from library.training.state import Progress
+from library.training.stepper import Stepper
+from library.training.tracking import Tracker
+
+
+def train(
+    *,
+    loader: Iterable[Batch],  # the run's micro-batches from progress.step on, this process's share
+    root: nn.Module,  # the prepared TrainingStep: Batch -> (B,) losses
+    method: Method,
+    stepper: Stepper,
+    schedule: Schedule,  # what happens besides training, and when
+    tracker: Tracker,
+    progress: Progress,
+    seed: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Trains until `loader` ends."""
+    root.train()
+    schedule.start(progress)
+    for batch in loader:
+        plan = batch.plan
+        seed_generators(seed, plan, plan.micro * world + rank)
+        method.on_micro_step(plan)
+        with stepper.micro_step(plan):
+            losses = root(batch.to(device))
+            stepper.backward(losses, plan)
+        tracker.add(losses, plan)
+        if plan.last_micro:
+            info = stepper.step()
+            progress.advance(plan)
+            method.after_step(progress.step)
+            tracker.step(info, progress)
+            for event in schedule.due(progress):
+                event(progress)
+    schedule.finish(progress)
+
+
+def seed_generators(seed: int, plan: BatchPlan, slot: int) -> None:
+    """Give the global generators (dropout, networks of other people) the address of a micro-batch.
+
+    `slot` counts the micro-batches of a step over all processes, so two processes draw what one draws with twice the
+    accumulation.
+    """
+    value = address(seed, "micro-batch", plan.epoch, plan.step, slot)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
