@@ -26,11 +26,9 @@ class Movement:
         for i, group in enumerate(optimizer.param_groups):
             if group["lr"] > 0:
                 self.steps[i] += 1
-                gradients = [parameter.grad.abs().amax() for parameter in group["params"] if parameter.grad is not None]
-                if gradients:
-                    self.largest[i] = torch.stack(
-                        [*gradients, torch.as_tensor(self.largest[i]).to(gradients[0])]
-                    ).amax()
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self.largest[i] = parameter.grad.abs().amax().clamp_min(self.largest[i])
         if self.observed:
             self._hook.remove()
 
@@ -44,7 +42,7 @@ class Movement:
         still = [group.name for group, largest in zip(self.groups, self.largest, strict=True) if float(largest) == 0]
         if still:
             raise UserError(
-                f"the parameters of {' and '.join(still)} get no gradient in the first {_STEPS} steps, so they would not be "
+                f"the parameters of {' and '.join(still)} get no gradient in the first {_STEPS} steps and would not be "
                 "trained: set their learning rate to 0 if that is meant, or look at what the network is attached to"
             )
 

@@ -22,7 +22,7 @@ def make_optimizer(options: OptimizerOptions, groups: list[ParameterGroup]) -> t
 
 
 def literal_keywords(kind: type, keywords: Mapping[str, str]) -> dict[str, Any]:
-    """--optimizer_args read as Python literals; text that is none stays text. UserError for a name `kind` does not take."""
+    """--optimizer_args read as Python literals; text that is none stays text. UserError for a name it does not take."""
     known = [name for name in inspect.signature(kind).parameters if name not in ("self", "params", "lr")]
     values = {}
     for name, text in keywords.items():

@@ -24,10 +24,9 @@ class Precision:
 def choose(options: PrecisionOptions, saving: SaveOptions, mixed: str) -> Precision:
     """`mixed`: --mixed_precision, or what this machine replaces it with."""
     frozen = MIXED[mixed]
-    wanted = saving.save_precision
     return Precision(
         mixed=mixed,
         frozen=frozen,
         vae=torch.float32 if options.no_half_vae else frozen,
-        saved=SAVED[wanted] if wanted in SAVED else frozen,
+        saved=SAVED.get(saving.save_precision, frozen),
     )

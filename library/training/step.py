@@ -12,8 +12,8 @@ from library.training.objective import squared_error
 class TrainingStep(nn.Module):
     """Encodes the captions, adds noise, asks the denoiser and compares.
 
-    Accelerate prepares this one module, so that whatever engine runs it sees every trained parameter, and sees it used in
-    `forward`. `trained` is a child only for that reason: it acts through the model's own layers.
+    Accelerate prepares this one module, so that whatever engine runs it sees every trained parameter, and sees it used
+    in `forward`. `trained` is a child only for that reason: it acts through the model's own layers.
     """
 
     def __init__(self, model: Family, trained: nn.Module, noise: NoiseProcess):
@@ -30,7 +30,7 @@ class TrainingStep(nn.Module):
         return self.losses(batch, latents, noise, timesteps)
 
     def losses(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """(B,) float32 for scaled latents (B, C, h, w), noise of the same shape and timesteps (B,) of the caller's choice."""
+        """(B,) float32 for scaled latents and noise (B, C, h, w) and timesteps (B,) of the caller's choice."""
         condition = self.model.condition(self.model.encode_text(batch.captions), batch)
         noisy = self.noise.add_noise(latents, noise, timesteps)
         prediction = self.model.denoise(noisy, timesteps, condition)
@@ -38,7 +38,7 @@ class TrainingStep(nn.Module):
 
     @torch.no_grad()
     def latents_of(self, batch: Batch) -> Tensor:
-        """Scaled latents (B, C, h, w) float32: those of the cache, or encoded now in the autoencoder's own precision."""
+        """Scaled latents (B, C, h, w) float32: cached, or encoded now in the autoencoder's own precision."""
         latents = batch.latents
         if latents is None:
             with torch.autocast(batch.images.device.type, enabled=False):

@@ -23,9 +23,7 @@ class ParameterGroup:
 
 
 class Method(ABC):
-    """What is trained, and what a finished file of it holds."""
-
-    architecture_suffix: str = ""  # appended to the model's architecture in the file's modelspec metadata
+    """What is trained, and what a finished file of it holds. Hooks do nothing unless a method needs them."""
 
     @abstractmethod
     def build(self, model: Family) -> nn.Module:
@@ -43,20 +41,13 @@ class Method(ABC):
         """Whether gradients pass through a text encoder."""
         return True
 
-    def metadata(self) -> dict[str, str]:
-        """The method's own entries in a file's metadata."""
-        return {}
-
-    def on_epoch_start(self, epoch: int) -> None:
-        """Called before the first micro-batch of every epoch, counted from 1."""
-
-    def on_micro_step(self, plan: BatchPlan) -> None:
+    def on_micro_step(self, plan: BatchPlan) -> None:  # noqa: B027
         """Called before every micro-batch."""
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> None:  # noqa: B027
         """Called after every optimizer step; `step` are done by then."""
 
     @contextlib.contextmanager
     def published_weights(self) -> Iterator[None]:
-        """While it lasts, the trained tensors are those to show and to save; afterwards the trained ones, bit for bit."""
+        """While it lasts, the trained tensors are those to show and save; then the trained ones again, bit for bit."""
         yield

@@ -1,7 +1,7 @@
 """Training a network (LoRA or a relative) beside a frozen model.
 
-`NetworkMethod` is the one place that knows how network modules, ours and other people's, want to be called. They see the
-model only through its attach points.
+`NetworkMethod` is the one place that knows how network modules, ours and other people's, want to be called. They see
+the model only through its attach points.
 """
 
 import importlib
@@ -26,13 +26,12 @@ from library.training.methods.base import Method, ParameterGroup
 class NetworkMethod(Method):
     """Trains what --network_module creates."""
 
-    architecture_suffix = "/lora"
-
     def __init__(self, options: NetworkOptions, optimizer: OptimizerOptions):
         self.options = options
         self.default_rate = optimizer.learning_rate
         self.network: nn.Module
         self.points: AttachPoints
+        self.epoch = 0
 
     def build(self, model: Family) -> nn.Module:
         model.requires_grad_(False)
@@ -87,20 +86,20 @@ class NetworkMethod(Method):
         encoders = self.points.text_encoders
         return encoders[0] if len(encoders) == 1 else encoders
 
-    def on_epoch_start(self, epoch: int) -> None:
-        self.network.on_epoch_start(self._text_encoders(), self.points.unet)
-
     def on_micro_step(self, plan: BatchPlan) -> None:
+        if plan.epoch != self.epoch:
+            self.epoch = plan.epoch
+            self.network.on_epoch_start(self._text_encoders(), self.points.unet)
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start()
 
     def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-        """The network writes its file aside, since what it puts there is its own affair; ours hashes and publishes it."""
+        """The network writes its file aside, for what it puts there is its own affair; ours is hashed and whole."""
         draft = path.with_name(f".{path.stem}.network{path.suffix}")
         try:
             self.network.save_weights(str(draft), dtype, None)
             with open_weights(draft) as file:
-                tensors = {key: file.get(key) for key in file.keys()}
+                tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118
             write_tensors(path, tensors, None, {**metadata, **network_hashes(tensors, None, metadata)})
         finally:
             draft.unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""Trains the miniature's autoencoder (AutoencoderKL, factor 8) on drawn scenes and on random polygons.
+
+The latents are then whitened by folding a linear map into the two 1x1 convolutions around them, so that they have the
+mean 0 and the standard deviation 1 / 0.18215 that Stable Diffusion's fixed latent scale expects.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from examples.miniature.shapes import coverage, draw, paint_over, random_scene
+
+LATENT_SCALE = 0.18215
+# 64 channels at least: 32 would leave one channel per normalisation group, which erases the flat colours.
+CONFIG = {
+    "block_out_channels": (64, 64, 64, 96),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+}
+
+
+def random_polygons(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """Up to three star-shaped blobs in any colours, so that the autoencoder also learns what no caption names."""
+    picture = np.empty((size[1], size[0], 3), np.float32)
+    picture[:] = rng.integers(0, 256, 3)
+    for _ in range(rng.integers(1, 4)):
+        harmonics = rng.normal(0, 0.25, (2, 4)) / np.arange(1, 5)
+        corners = rng.integers(1, 6, 4)
+
+        def blob(u: np.ndarray, v: np.ndarray, harmonics=harmonics, corners=corners) -> np.ndarray:
+            angle = np.arctan2(v, u)
+            waves = corners[:, None, None] * angle
+            edge = 0.8 + (harmonics[0][:, None, None] * np.cos(waves)).sum(0)
+            return np.hypot(u, v) <= edge + (harmonics[1][:, None, None] * np.sin(waves)).sum(0)
+
+        cover = coverage(blob, size, rng.uniform(0.15, 0.4), tuple(rng.uniform(-0.3, 0.3, 2)), oversample=3)
+        picture = paint_over(picture, cover, rng.integers(0, 256, 3))
+    return picture.round().astype(np.uint8)
+
+
+def batch(rng: np.random.Generator, count: int, polygons: float = 0.35) -> torch.Tensor:
+    """Pictures of one size, (count, 3, H, W) float32 in -1..1."""
+    size = random_scene(rng).size
+    pictures = [
+        random_polygons(rng, size) if rng.random() < polygons else draw(random_scene(rng, size=size))
+        for _ in range(count)
+    ]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def window(rng: np.random.Generator, images: torch.Tensor, side: int = 32) -> torch.Tensor:
+    """A random part of the pictures, (B, 3, side, side): as good for colours and edges, at a quarter of the cost."""
+    top, left = (int(rng.integers(0, length - side + 1)) for length in images.shape[2:])
+    return images[:, :, top : top + side, left : left + side]
+
+
+def loss(vae: AutoencoderKL, images: torch.Tensor, kl_weight: float) -> torch.Tensor:
+    """The reconstruction's error, and the posterior's divergence from a standard normal one."""
+    posterior = vae.encode(images).latent_dist
+    divergence = posterior.kl().mean() / posterior.mean[0].numel()
+    return reconstruction(vae.decode(posterior.sample()).sample.float(), images) + kl_weight * divergence
+
+
+def reconstruction(painted: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Absolute error of the pixels and squared error of 8x8 averages, which is what the eye sees as colour."""
+    return F.l1_loss(painted, images) + F.mse_loss(F.avg_pool2d(painted, 8), F.avg_pool2d(images, 8))
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Makes the latents independent, with standard deviation 1 / LATENT_SCALE, by way of the two quant convolutions."""
+    means, logvar = vae.quant_conv(vae.encoder(images)).chunk(2, dim=1)
+    flat = means.permute(1, 0, 2, 3).flatten(1).double()
+    centre = flat.mean(1)
+    noise = torch.diag(logvar.double().exp().mean((0, 2, 3)))
+    values, vectors = torch.linalg.eigh(torch.cov(flat) + noise)
+    forward = vectors.T / values.sqrt()[:, None] / LATENT_SCALE
+    backward = torch.linalg.inv(forward)
+
+    encode, decode = vae.quant_conv, vae.post_quant_conv
+    weight, bias = encode.weight[:, :, 0, 0].double(), encode.bias.double()
+    encode.weight[:4] = (forward @ weight[:4])[:, :, None, None].float()
+    encode.bias[:4] = (forward @ (bias[:4] - centre)).float()
+    # A rotated posterior is no longer diagonal: its diagonal is kept, averaged over the pictures.
+    spread = torch.diagonal(forward @ noise @ forward.T).log()
+    encode.weight[4:] = 0
+    encode.bias[4:] = spread.float()
+    inner = decode.weight[:, :, 0, 0].double()
+    decode.bias += (inner @ centre).float()
+    decode.weight.copy_((inner @ backward)[:, :, None, None].float())
+
+
+def train(target: Path, minutes: float, seed: int = 0, batch_size: int = 8, rate: float = 1e-3) -> AutoencoderKL:
+    """Trains for `minutes` with a cosine rate and writes the whitened autoencoder's weights to `target`."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    vae = AutoencoderKL(**CONFIG)
+
+    def step_loss(step: int, progress: float) -> torch.Tensor:
+        images = window(rng, batch(rng, 2 * batch_size)) if progress < 0.5 else batch(rng, batch_size)
+        return loss(vae, images, kl_weight=1e-3 * min(1.0, step / 500))
+
+    optimise(vae, step_loss, minutes, rate, target)
+    whiten(vae, batch(rng, 64, polygons=0.0))
+    torch.save(vae.state_dict(), target)
+    return vae
+
+
+def refine_decoder(
+    vae: AutoencoderKL, target: Path, minutes: float, seed: int = 1, batch_size: int = 8, rate: float = 7e-4
+) -> None:
+    """Goes on with the decoder alone, mostly on scenes and from slightly noisy latents, such as a denoiser leaves.
+
+    The latents stay what they are, so this can run while the U-Net trains on them.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+
+    def step_loss(step: int, progress: float) -> torch.Tensor:
+        images = batch(rng, batch_size, polygons=0.2)
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.sample()
+        latents = latents + torch.randn_like(latents) * 0.05 / LATENT_SCALE
+        return reconstruction(vae.decode(latents).sample.float(), images)
+
+    optimise(vae, step_loss, minutes, rate, target)
+    torch.save(vae.state_dict(), target)
+
+
+def optimise(
+    vae: AutoencoderKL,
+    step_loss: Callable[[int, float], torch.Tensor],
+    minutes: float,
+    rate: float,
+    target: Path,
+) -> None:
+    """Lowers `step_loss(step, progress)` for `minutes` with AdamW and a cosine rate."""
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    started, step = time.monotonic(), 0
+    while (progress := (time.monotonic() - started) / (minutes * 60)) < 1:
+        warm_up = min(1.0, (step + 1) / 100)
+        optimizer.param_groups[0]["lr"] = rate * warm_up * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * progress)))
+        # The last fifth runs in full precision: bfloat16 is too coarse for the final colours.
+        with torch.autocast("cpu", torch.bfloat16, enabled=progress < 0.8):
+            value = step_loss(step, progress)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            print(f"{target.stem} step {step}, {progress:.0%}, loss {value.item():.4f}", flush=True)
+    vae.eval()

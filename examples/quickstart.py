@@ -1,0 +1,167 @@
+"""Teaches the miniature model a shape it does not know, and shows what it painted before and after.
+
+Draws 12 pictures of a heart that is called "sks", trains a LoRA on them with train_network.py, measures the LoRA on
+pictures that it has not seen, and writes everything to output/quickstart.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from PIL import Image
+
+from examples.miniature.evaluate import MODEL, SAMPLER, SCALE, STEPS
+from examples.miniature.shapes import Scene, draw, heart, random_scene
+from library import cli, console
+from library.errors import UserError
+from library.randomness import generator
+
+ROOT = Path(__file__).resolve().parents[1]
+WORD = "sks"
+PICTURES, HELD_OUT = 12, 8
+PROMPTS = (
+    "a red sks on a white background",
+    "a blue sks on a yellow background",
+    "a purple sks on a black background",
+    "a white sks on a green background",
+    "a yellow sks on a purple background",
+    "a red circle on a white background",
+)
+TIMESTEPS = range(50, 1000, 100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("output") / "quickstart")
+    folder = parser.parse_args().output_dir
+    console.setup(None)
+    if not MODEL.is_file():
+        raise UserError(f"the miniature model {MODEL} is missing: get it with git, or train it as its README says")
+
+    print(f'Drawing {PICTURES} pictures of "{WORD}" and {HELD_OUT} to measure with, in {folder}')
+    shutil.rmtree(folder, ignore_errors=True)
+    draw_pictures(folder / "pictures" / f"10_{WORD}", range(PICTURES))
+    draw_pictures(folder / "held_out" / f"1_{WORD}", range(PICTURES, PICTURES + HELD_OUT))
+
+    command = training_command(folder)
+    print("Training the LoRA:", show(command), sep="\n\n", end="\n\n", flush=True)
+    if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *command[2:]], cwd=ROOT).returncode:
+        raise UserError("training failed, see the message above")
+    report(folder)
+
+
+def draw_pictures(folder: Path, numbers: range) -> None:
+    """Hearts in different colours, sizes and places, each with a caption file."""
+    folder.mkdir(parents=True)
+    for number, scene in enumerate(hearts(numbers.stop)):
+        if number in numbers:
+            picture = Image.fromarray(draw(scene, heart))
+            picture.save(folder / f"{number:02d}.png")
+            (folder / f"{number:02d}.caption").write_text(scene.caption)
+
+
+def hearts(count: int) -> list[Scene]:
+    """Scenes of the new shape, no two with the same pair of colours."""
+    scenes: dict[tuple[str, str], Scene] = {}
+    rng = generator("quickstart")
+    while len(scenes) < count:
+        scene = random_scene(rng, shape=WORD, size=(64, 64))
+        scenes.setdefault((scene.colour, scene.background), scene)
+    return list(scenes.values())
+
+
+def training_command(folder: Path) -> list[str]:
+    """The command line of the training, as a user would type it in the project's folder."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"{prompt} --w 64 --h 64 --d 1 --l {SCALE} --s {STEPS}\n" for prompt in PROMPTS[:2]))
+    return [
+        *("accelerate", "launch", "--num_cpu_threads_per_process=2", "train_network.py"),
+        f"--pretrained_model_name_or_path={relative(MODEL)}",
+        f"--train_data_dir={folder / 'pictures'}",
+        *("--resolution=64", "--cache_latents", "--train_batch_size=4"),
+        *("--network_module=networks.lora", "--network_dim=16", "--network_alpha=16"),
+        *("--learning_rate=2e-3", "--max_train_steps=400", "--seed=1"),
+        *(f"--output_dir={folder}", f"--output_name={WORD}", f"--logging_dir={folder / 'logs'}"),
+        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=100", "--max_data_loader_n_workers=1"),
+    ]
+
+
+def report(folder: Path) -> None:
+    """Measures and paints with the model alone and with the LoRA."""
+    with console.quiet_dependencies():
+        import torch
+
+        from library.generation.paint import paint
+        from library.generation.prompts import PromptLine
+        from library.generation.sheet import contact_sheet
+        from library.models.family import load_model
+        from networks.lora import create_network_from_weights
+    model = load_model(MODEL)
+    points = model.attach_points()
+    lora = folder / f"{WORD}.safetensors"
+    network, weights = create_network_from_weights(1.0, lora, model.vae, points.text_encoders[0], points.unet)
+    network.apply_to(points.text_encoders[0], points.unet)
+    network.load_state_dict(weights)
+
+    losses, pictures = {}, []
+    for name, multiplier in (("before", 0.0), ("after", 1.0)):
+        network.set_multiplier(multiplier)
+        with torch.no_grad():
+            losses[name] = held_out_loss(model, folder / "held_out")
+        for seed, prompt in enumerate(PROMPTS):
+            request = PromptLine(prompt, None, 64, 64, seed, SCALE, STEPS, SAMPLER)
+            pictures.append(paint(model, request))
+    captions = [f"{name}: {prompt}" for name in losses for prompt in PROMPTS]
+    sheet = folder / "before_after.png"
+    contact_sheet(pictures, captions, columns=len(PROMPTS)).save(sheet)
+
+    better = 1 - losses["after"] / losses["before"]
+    print(f"\nLoss on {HELD_OUT} pictures it has not seen: {losses['before']:.4f} before, {losses['after']:.4f} after")
+    print(f"That is {better:.0%} less.\n\nBefore and after: {sheet}\nThe LoRA: {lora}\n\nTo try next:")
+    print(f"  tensorboard --logdir {folder / 'logs'}")
+    print("  python train_network.py --help")
+
+
+def held_out_loss(model, folder: Path) -> float:
+    """The mean loss over the pictures of a folder, each at the same timesteps and with the same noise every time."""
+    import torch
+    from torch import nn
+
+    from library.data.config import load_datasets
+    from library.data.dataset import ImageDataset
+    from library.data.plan import RunPlan
+    from library.data.records import scan
+    from library.models.noise import sample_noise
+    from library.options import DatasetOptions
+    from library.training.step import TrainingStep
+
+    datasets = load_datasets(
+        DatasetOptions(train_data_dir=str(folder), resolution="64", train_batch_size=HELD_OUT), frozenset()
+    )
+    table = scan(datasets)
+    (plan,) = RunPlan(table, datasets, seed=0).iterate(0, 1)
+    batch = ImageDataset(table, datasets)[plan]
+    step = TrainingStep(model, nn.Module(), model.noise_process())
+    latents = step.latents_of(batch)
+    losses = []
+    for timestep in TIMESTEPS:
+        noise = sample_noise(latents.shape[1:], [seed + timestep for seed in batch.seeds])
+        losses.append(step.losses(batch, latents, noise, torch.full((len(latents),), timestep)))
+    return float(torch.stack(losses).mean())
+
+
+def relative(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def show(command: list[str]) -> str:
+    """A command over several lines, the way a shell takes it."""
+    return " \\\n  ".join([" ".join(command[:4]), *command[4:]])
+
+
+if __name__ == "__main__":
+    cli.run(main)
