@@ -4,10 +4,12 @@ The latents are then whitened by folding a linear map into the two 1x1 convoluti
 mean 0 and the standard deviation 1 / 0.18215 that Stable Diffusion's fixed latent scale expects.
 """
 
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -99,24 +101,49 @@ def whiten(vae: AutoencoderKL, images: torch.Tensor) -> None:
     decode.weight.copy_((inner @ backward)[:, :, None, None].float())
 
 
-def train(target: Path, minutes: float, seed: int = 0, batch_size: int = 8, rate: float = 1e-3) -> AutoencoderKL:
-    """Trains for `minutes` with a cosine rate and writes the whitened autoencoder's weights to `target`."""
+class Stage(NamedTuple):
+    """A part of the autoencoder's training; each starts a cosine of the learning rate anew."""
+
+    minutes: float
+    rate: float
+    kl_weight: float
+    polygons: float  # share of pictures that are no scenes
+    windows: float  # share of the stage that is spent on windows of the pictures
+
+
+STAGES = (Stage(30, 1e-3, 1e-3, 0.35, 0.5), Stage(13, 7e-4, 2e-4, 0.2, 0.0))
+
+
+def train(target: Path, stages: Sequence[Stage] = STAGES, seed: int = 0, batch_size: int = 8) -> AutoencoderKL:
+    """Trains through the stages and writes the whitened autoencoder's weights to `target`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vae = AutoencoderKL(**CONFIG)
-
-    def step_loss(step: int, progress: float) -> torch.Tensor:
-        images = window(rng, batch(rng, 2 * batch_size)) if progress < 0.5 else batch(rng, batch_size)
-        return loss(vae, images, kl_weight=1e-3 * min(1.0, step / 500))
-
-    optimise(vae, step_loss, minutes, rate, target)
-    whiten(vae, batch(rng, 64, polygons=0.0))
+    for number, stage in enumerate(stages):
+        optimise(vae, functools.partial(_stage_loss, vae, rng, stage, number == 0, batch_size), stage, target.stem)
+    whiten(vae, batch(rng, 128, polygons=0.0))
     torch.save(vae.state_dict(), target)
     return vae
 
 
+def _stage_loss(
+    vae: AutoencoderKL,
+    rng: np.random.Generator,
+    stage: Stage,
+    fresh: bool,
+    batch_size: int,
+    step: int,
+    progress: float,
+) -> torch.Tensor:
+    if progress < stage.windows:
+        images = window(rng, batch(rng, 2 * batch_size, stage.polygons))
+    else:
+        images = batch(rng, batch_size, stage.polygons)
+    return loss(vae, images, stage.kl_weight * (min(1.0, step / 500) if fresh else 1.0))
+
+
 def refine_decoder(
-    vae: AutoencoderKL, target: Path, minutes: float, seed: int = 1, batch_size: int = 8, rate: float = 7e-4
+    vae: AutoencoderKL, target: Path, minutes: float, seed: int = 1, batch_size: int = 8, rate: float = 5e-4
 ) -> None:
     """Goes on with the decoder alone, mostly on scenes and from slightly noisy latents, such as a denoiser leaves.
 
@@ -134,24 +161,20 @@ def refine_decoder(
         latents = latents + torch.randn_like(latents) * 0.05 / LATENT_SCALE
         return reconstruction(vae.decode(latents).sample.float(), images)
 
-    optimise(vae, step_loss, minutes, rate, target)
+    optimise(vae, step_loss, Stage(minutes, rate, 0.0, 0.2, 0.0), target.stem)
     torch.save(vae.state_dict(), target)
 
 
-def optimise(
-    vae: AutoencoderKL,
-    step_loss: Callable[[int, float], torch.Tensor],
-    minutes: float,
-    rate: float,
-    target: Path,
-) -> None:
-    """Lowers `step_loss(step, progress)` for `minutes` with AdamW and a cosine rate."""
+def optimise(vae: AutoencoderKL, step_loss: Callable[[int, float], torch.Tensor], stage: Stage, name: str) -> None:
+    """Lowers `step_loss(step, progress)` for the stage's time with AdamW and a cosine rate."""
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.0)
     started, step = time.monotonic(), 0
-    while (progress := (time.monotonic() - started) / (minutes * 60)) < 1:
+    while (progress := (time.monotonic() - started) / (stage.minutes * 60)) < 1:
         warm_up = min(1.0, (step + 1) / 100)
-        optimizer.param_groups[0]["lr"] = rate * warm_up * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * progress)))
+        optimizer.param_groups[0]["lr"] = (
+            stage.rate * warm_up * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * progress)))
+        )
         # The last fifth runs in full precision: bfloat16 is too coarse for the final colours.
         with torch.autocast("cpu", torch.bfloat16, enabled=progress < 0.8):
             value = step_loss(step, progress)
@@ -161,5 +184,5 @@ def optimise(
         optimizer.step()
         step += 1
         if step % 100 == 0:
-            print(f"{target.stem} step {step}, {progress:.0%}, loss {value.item():.4f}", flush=True)
+            print(f"{name} step {step}, {progress:.0%}, loss {value.item():.4f}", flush=True)
     vae.eval()

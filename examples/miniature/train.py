@@ -115,7 +115,6 @@ def train(work: Path, steps: int, rate: float, more: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, required=True)
-    parser.add_argument("--autoencoder_minutes", type=float, default=30)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     known, more = parser.parse_known_args()
@@ -123,7 +122,7 @@ def main() -> None:
     work = known.work_dir
     make_pictures(work / "pictures")
     if not (work / "vae.pt").is_file():
-        autoencoder.train(work / "vae.pt", known.autoencoder_minutes)
+        autoencoder.train(work / "vae.pt")
     if not (work / "untrained.safetensors").is_file():
         make_untrained(work / "untrained.safetensors", work / "vae.pt")
     train(work, known.steps, known.learning_rate, more)
