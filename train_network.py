@@ -1,7 +1,6 @@
 """Trains a network (LoRA or a relative) beside a Stable Diffusion model."""
 
 from library import cli, console, options
-from library.training import preflight
 
 GROUPS = (
     options.ModelOptions,
@@ -23,6 +22,8 @@ GROUPS = (
 def main() -> None:
     console.setup(None)
     settings = cli.parse(GROUPS, description=__doc__)
+    from library.training import preflight
+
     plans = preflight.check(settings)
     with console.quiet_dependencies():
         from library.training.launch import launch

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.sd15 import SD15
+
 # torch is imported by the workers alone: a process inherits the memory peak of the one that starts it.
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,16 +32,6 @@ BATCH_SIZE = 2
 RANK, ALPHA = 4, 1.0
 LEARNING_RATE = 1e-4
 CLIP_NORM = 1.0
-UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-CLIP = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-}
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 CAPTIONS = ["a photo of a cat sitting on a red sofa by the window"] * BATCH_SIZE
@@ -61,11 +53,10 @@ def plain() -> tuple[Run, "nn.Module"]:
 
     from library.models.text import clip_tokenizer  # transformers' own, which otherwise has to be downloaded
 
-    model = torch.nn.ModuleDict(
-        {"unet": UNet2DConditionModel(**UNET), "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP))}
-    )
+    unet = UNet2DConditionModel(**SD15["unet_config"])
+    text_encoder = CLIPTextModel(CLIPTextConfig(**SD15["clip_config"]))
+    model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     model.requires_grad_(False)
-    unet, text_encoder = model["unet"], model["text_encoder"]
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=UNET_TARGETS))
     text_encoder.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=CLIP_TARGETS))
     model.train()
@@ -118,7 +109,7 @@ def ours() -> tuple[Run, "nn.Module"]:
     # An autoencoder of the right depth and no size: the other side has none, since latents are given.
     tiny = {"block_out_channels": [32] * 4, "latent_channels": 4}
     tiny |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    model = StableDiffusion1.from_configs(UNET, tiny, CLIP)
+    model = StableDiffusion1.from_configs(**{**SD15, "vae_config": tiny})
     options = OptimizerOptions(learning_rate=LEARNING_RATE, max_grad_norm=CLIP_NORM)
     method = NetworkMethod(NetworkOptions("networks.lora", network_dim=RANK, network_alpha=ALPHA), options)
     trained = method.build(model)

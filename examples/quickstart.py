@@ -5,7 +5,8 @@ pictures that it has not seen, and writes everything to output/quickstart.
 """
 
 import argparse
-import shutil
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 
 from examples.miniature.evaluate import MODEL, SAMPLER, SCALE, STEPS
-from examples.miniature.shapes import Scene, draw, heart, random_scene
+from examples.miniature.shapes import COLOURS, Scene, draw, heart
+from examples.sheet import contact_sheet
 from library import cli, console
 from library.errors import UserError
 from library.randomness import generator
@@ -36,27 +38,26 @@ TIMESTEPS = range(50, 1000, 100)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("output") / "quickstart")
-    folder = parser.parse_args().output_dir
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "quickstart")
+    folder = shortest(parser.parse_args().output_dir)
     console.setup(None)
     if not MODEL.is_file():
         raise UserError(f"the miniature model {MODEL} is missing: get it with git, or train it as its README says")
 
     print(f'Drawing {PICTURES} pictures of "{WORD}" and {HELD_OUT} to measure with, in {folder}')
-    shutil.rmtree(folder, ignore_errors=True)
     draw_pictures(folder / "pictures" / f"10_{WORD}", range(PICTURES))
     draw_pictures(folder / "held_out" / f"1_{WORD}", range(PICTURES, PICTURES + HELD_OUT))
 
     command = training_command(folder)
     print("Training the LoRA:", show(command), sep="\n\n", end="\n\n", flush=True)
-    if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *command[2:]], cwd=ROOT).returncode:
+    if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *command[2:]]).returncode:
         raise UserError("training failed, see the message above")
     report(folder)
 
 
 def draw_pictures(folder: Path, numbers: range) -> None:
     """Hearts in different colours, sizes and places, each with a caption file."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(hearts(numbers.stop)):
         if number in numbers:
             picture = Image.fromarray(draw(scene, heart))
@@ -65,26 +66,28 @@ def draw_pictures(folder: Path, numbers: range) -> None:
 
 
 def hearts(count: int) -> list[Scene]:
-    """Scenes of the new shape, no two with the same pair of colours."""
+    """Scenes of the new shape, large and near the middle, no two with the same pair of colours."""
     scenes: dict[tuple[str, str], Scene] = {}
     rng = generator("quickstart")
     while len(scenes) < count:
-        scene = random_scene(rng, shape=WORD, size=(64, 64))
-        scenes.setdefault((scene.colour, scene.background), scene)
+        colour, background = (str(name) for name in rng.choice(list(COLOURS), size=2, replace=False))
+        centre = tuple(rng.uniform(-0.02, 0.02, size=2).tolist())
+        scene = Scene(WORD, colour, background, radius=float(rng.uniform(0.35, 0.38)), centre=centre)
+        scenes.setdefault((colour, background), scene)
     return list(scenes.values())
 
 
 def training_command(folder: Path) -> list[str]:
-    """The command line of the training, as a user would type it in the project's folder."""
+    """The command line of the training, as a user would type it."""
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{prompt} --w 64 --h 64 --d 1 --l {SCALE} --s {STEPS}\n" for prompt in PROMPTS[:2]))
     return [
-        *("accelerate", "launch", "--num_cpu_threads_per_process=2", "train_network.py"),
-        f"--pretrained_model_name_or_path={relative(MODEL)}",
+        *("accelerate", "launch", "--num_cpu_threads_per_process=2", str(shortest(ROOT / "train_network.py"))),
+        f"--pretrained_model_name_or_path={shortest(MODEL)}",
         f"--train_data_dir={folder / 'pictures'}",
         *("--resolution=64", "--cache_latents", "--train_batch_size=4"),
-        *("--network_module=networks.lora", "--network_dim=16", "--network_alpha=16"),
-        *("--learning_rate=2e-3", "--max_train_steps=400", "--seed=1"),
+        *("--network_module=networks.lora", "--network_dim=8", "--network_alpha=8"),
+        *("--learning_rate=4e-4", "--max_train_steps=400", "--seed=1"),
         *(f"--output_dir={folder}", f"--output_name={WORD}", f"--logging_dir={folder / 'logs'}"),
         *(f"--sample_prompts={prompts}", "--sample_every_n_steps=100", "--max_data_loader_n_workers=1"),
     ]
@@ -97,7 +100,6 @@ def report(folder: Path) -> None:
 
         from library.generation.paint import paint
         from library.generation.prompts import PromptLine
-        from library.generation.sheet import contact_sheet
         from library.models.family import load_model
         from networks.lora import create_network_from_weights
     model = load_model(MODEL)
@@ -122,8 +124,12 @@ def report(folder: Path) -> None:
     better = 1 - losses["after"] / losses["before"]
     print(f"\nLoss on {HELD_OUT} pictures it has not seen: {losses['before']:.4f} before, {losses['after']:.4f} after")
     print(f"That is {better:.0%} less.\n\nBefore and after: {sheet}\nThe LoRA: {lora}\n\nTo try next:")
-    print(f"  tensorboard --logdir {folder / 'logs'}")
-    print("  python train_network.py --help")
+    python = str(shortest(Path(sys.executable)))
+    print(" ", quoted([python, "-m", "tensorboard.main", "--logdir", str(folder / "logs")]))
+    print(" ", quoted([python, str(shortest(ROOT / "train_network.py")), "--help"]))
+    print(
+        " ", quoted([python, str(shortest(ROOT / "examples" / "miniature" / "evaluate.py")), "--sheet", "pictures.png"])
+    )
 
 
 def held_out_loss(model, folder: Path) -> float:
@@ -154,13 +160,21 @@ def held_out_loss(model, folder: Path) -> float:
     return float(torch.stack(losses).mean())
 
 
-def relative(path: Path) -> Path:
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+def shortest(path: Path) -> Path:
+    """The path from here where it lies below, else from the root."""
+    path = path.absolute()  # a virtual environment's Python must not be resolved to the one it was made from
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def quoted(command: list[str]) -> str:
+    """A command as this system's shell takes it."""
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
 def show(command: list[str]) -> str:
-    """A command over several lines, the way a shell takes it."""
-    return " \\\n  ".join([" ".join(command[:4]), *command[4:]])
+    """A command over several lines."""
+    end = " ^\n  " if os.name == "nt" else " \\\n  "
+    return end.join([quoted(command[:4]), *(quoted([word]) for word in command[4:])])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -11,22 +12,39 @@ from typing import Any, NoReturn
 
 from library import console
 from library.errors import UserError, suggest
-from library.options import ConfigOptions, Option, Settings, options_of, parse_key_values
-
-__all__ = ["parse", "parse_key_values", "run"]
+from library.options import ConfigOptions, Option, Settings, options_of
+from library.toml_file import read_toml
 
 _OF_THE_FILE_ITSELF = frozenset(option.name for option in options_of(ConfigOptions))
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main function: a user's mistake is one sentence and exit status 2, Ctrl-C is exit status 130."""
+    """Run a script's main function: a user's mistake is one sentence and exit status 2, so is a package that is not
+    installed; Ctrl-C is exit status 130, SIGTERM 143, and what is to be tidied up at the end is tidied up.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except UserError as mistake:
         console.error(str(mistake))
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "library":
+            raise
+        console.error(_not_installed(error.name))
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _not_installed(package: str) -> str:
+    from library.environment import ROOT, VENV, venv_python
+
+    python = venv_python(VENV)
+    remedy = f"run {python} {sys.argv[0]}"
+    if not python.exists() or Path(sys.prefix) == VENV:
+        remedy = f"run {sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
+    return f"the package {package} is not installed for this Python: {remedy}"
 
 
 def parse(
@@ -150,7 +168,7 @@ def _config_path(path: Path) -> Path:
 def _read_config(named: Path, options: Mapping[str, Option]) -> dict[str, Any]:
     """The values in a config file by option, old spellings and sections resolved."""
     path = named if named.is_file() else _config_path(named)
-    table = _read_toml(path)
+    table = read_toml(path, "config file")
     if "datasets" in table:
         raise UserError(f"{path}: this file describes datasets, give it as --dataset_config")
     names = {spelling: option for option in options.values() for spelling in (option.name, *option.details.aliases)}
@@ -169,20 +187,6 @@ def _read_config(named: Path, options: Mapping[str, Option]) -> dict[str, Any]:
             except ValueError as reason:
                 raise UserError(f"{path}: {key}: {reason}") from None
     return values
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    import toml  # only runs with a config file pay for it
-
-    try:
-        return toml.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editor puts a mark at the start
-    except OSError as problem:
-        near = suggest(path.name, (other.name for other in path.parent.glob("*.toml")))
-        raise UserError(f"{path}: this config file cannot be read ({problem.strerror}){near}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: this config file is not UTF-8 text, save it as UTF-8") from None
-    except (ValueError, IndexError, TypeError) as problem:  # the reader does not catch all of its own mistakes
-        raise UserError(f"{path}: this config file is not TOML: {problem}") from None
 
 
 def _flatten(table: Mapping[str, Any]) -> list[tuple[str, Any]]:

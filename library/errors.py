@@ -1,7 +1,7 @@
 """Mistakes of the user: said in one sentence, never as a traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 
@@ -21,9 +21,21 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return f", did you mean {match}?" if match else ""
 
 
-def suggest_path(path: Path) -> str:
-    """The end of a sentence about a path that does not exist: what lies beside it under a similar name, or nothing."""
-    if not path.parent.is_dir():
-        return f", and neither is there a folder {path.parent}"
-    match = nearest(path.name, (entry.name for entry in path.parent.iterdir()))
+def suggest_path(path: Path, suffixes: Collection[str] = (), *, folder: bool = False) -> str:
+    """The end of a sentence about a file that does not exist: the one beside it with the most similar name, or nothing.
+
+    Only files with one of `suffixes` (".toml", in small letters) are proposed, if there are any; only folders for a
+    missing `folder`.
+    """
+    try:
+        entries = [entry for entry in path.parent.iterdir() if entry.is_dir() == folder]
+    except OSError:
+        return f", nor is there a folder {path.parent}"
+    match = nearest(path.name, [entry.name for entry in entries if not suffixes or entry.suffix.lower() in suffixes])
     return f", did you mean {path.parent / match}?" if match else ""
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first few names, for a sentence, and how many more there are."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

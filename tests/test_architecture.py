@@ -16,7 +16,7 @@ CLOSED = {
     "library.options": ("library.data", "library.models", "library.generation", "library.training", "networks"),
     "library.data": ("library.models", "library.generation", "library.training", "networks"),
     "library.models": ("library.data", "library.generation", "library.training", "networks"),
-    "library.generation": ("library.options", "library.data", "library.training", "networks"),
+    "library.generation": ("library.data", "library.training", "networks"),
     "networks.lora": ("library",),
     "library": ("examples", "benchmarks", "tests", "tools", "finetune"),
 }

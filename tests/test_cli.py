@@ -1,52 +1,25 @@
-"""Command line and config file to settings, and what the console shows."""
+"""Command line and config file to settings."""
 
 import dataclasses
-import logging
-import os
 import re
-import subprocess
-import sys
-import textwrap
-import warnings
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from library import console, options
+from library import options
 from library.cli import parse, run
 from library.errors import UserError
 from library.options import ConfigOptions, DatasetOptions, NetworkOptions, OptimizerOptions, TrainingOptions, option
+from tests.processes import python
 
-ROOT = Path(__file__).parent.parent
 GROUPS = [value for name, value in vars(options).items() if name.endswith("Options")]
 
-
-@pytest.fixture(autouse=True)
-def fresh_console(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    console.setup(None)
-    yield
-    console.setup(None)
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("fresh_console")
 
 
 def read(*argv: str, groups=GROUPS, **keywords) -> options.Settings:
     return parse(groups, argv, description="Train.", **keywords)
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a program of its own, with nothing of pytest around its console."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 # --- the command line ---
@@ -168,6 +141,15 @@ def test_exit_status():
     assert (other_process.returncode, other_process.stderr) == (2, "error (process 3): a.txt: no such file\n")
     stopped = python(code.format("KeyboardInterrupt"))
     assert (stopped.returncode, stopped.stderr) == (130, "")
+    killed = python(code.format("__import__('signal').raise_signal(15)"))
+    assert (killed.returncode, killed.stderr) == (143, "")
+    missing = python(code.format("ModuleNotFoundError(name='torch.nn')"))
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: the package torch.nn is not installed for this Python: run ")
+    assert missing.stderr.endswith("requirements.txt\n")
+    ours = python(code.format("ModuleNotFoundError(name='library.wrong')"))
+    assert ours.returncode == 1
+    assert "Traceback" in ours.stderr
     crash = python(code.format("RuntimeError('a bug')"))
     assert crash.returncode == 1
     assert "Traceback" in crash.stderr
@@ -244,7 +226,6 @@ def test_unknown_keys_are_warned_of_once(tmp_path, capsys):
         ("resolution = [512, 512]", r"resolution: \[512, 512\] is not a text"),
         ("network_args = [['a']]", r"network_args: \['a'\] is not a text"),
         ("mixed_precision = 'fp61'", "mixed_precision: 'fp61' is none of no, fp16, bf16, did you mean fp16"),
-        ("output_dir = 'unfinished", "this config file is not TOML"),
         ("[[datasets]]\nresolution = 512", "this file describes datasets, give it as --dataset_config"),
     ],
 )
@@ -257,12 +238,10 @@ def test_config_file_mistakes_name_file_and_key(tmp_path, text, sentence):
 
 def test_config_file_that_cannot_be_read(tmp_path):
     (tmp_path / "train.toml").touch()
-    with pytest.raises(
-        UserError, match=r"trian\.toml: this config file cannot be read \(.*\), did you mean train\.toml"
-    ):
+    with pytest.raises(UserError, match=r"trian\.toml: there is no such config file, did you mean .*train\.toml\?$"):
         read("--config_file", str(tmp_path / "trian"))
     (tmp_path / "train.toml").write_bytes(b"output_name = '\xff'")
-    with pytest.raises(UserError, match=r"train\.toml: this config file is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"train\.toml, line 1: this config file is not UTF-8 text"):
         read("--config_file", str(tmp_path / "train"))
 
 
@@ -278,7 +257,13 @@ class UploadOptions:
 def test_output_config_is_read_back_and_holds_no_secret(tmp_path, capsys):
     groups = [*GROUPS, UploadOptions]
     words = ["--network_args", "a=1", "b=.9,.999", "--text_encoder_lr", "1e-5", "--dataset_config", "data.toml"]
-    words += ["--output_name", 'a "quoted" C:\\new\\x41\\u0041 \u7d75 name', "--flip_aug", "--learning_rate", "2e-06"]
+    words += [
+        "--training_comment",
+        'a "quoted" C:\\new\\x41\\u0041 \u7d75 name',
+        "--flip_aug",
+        "--learning_rate",
+        "2e-06",
+    ]
     words += ["--token", "hush", "--repository", "me/it"]
     name = str(tmp_path / "out")
     with pytest.raises(SystemExit) as end:
@@ -305,118 +290,3 @@ def test_a_script_without_the_config_group_has_no_config_file():
     groups = [group for group in GROUPS if group is not ConfigOptions]
     with pytest.raises(UserError, match="--config_file: unknown option"):
         read("--config_file", "a.toml", groups=groups)
-
-
-# --- the console ---
-
-
-def test_messages_are_said_once_and_by_the_first_process_only(capsys, monkeypatch, tmp_path):
-    console.setup(tmp_path / "logs" / "run.log")
-    for _ in range(2):
-        console.notice("one %s thing")
-        console.warn("one %s thing")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    console.notice("not said")
-    monkeypatch.setenv("RANK", "0")
-    console.notice("said")
-    assert capsys.readouterr().err == "one %s thing\nwarning: one %s thing\nsaid\n"
-    logged = (tmp_path / "logs" / "run.log").read_text(encoding="utf-8")
-    assert [line.partition(": ")[2] for line in logged.splitlines()] == [
-        "one %s thing",
-        "warning: one %s thing",
-        "said",
-    ]
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="this log file cannot be written"):
-        console.setup(tmp_path / "file" / "run.log")
-
-
-def test_what_dependencies_warn_of_goes_to_the_log_file(capsys, tmp_path):
-    console.setup(tmp_path / "run.log")
-    logging.getLogger("a_package").warning("of a logger")
-    with warnings.catch_warnings():
-        logging.captureWarnings(False)
-        console.setup(tmp_path / "run.log")
-        warnings.simplefilter("always")
-        warnings.warn("of Python", stacklevel=1)
-        logging.captureWarnings(False)
-    logged = (tmp_path / "run.log").read_text(encoding="utf-8")
-    assert "of a logger" in logged
-    assert "of Python" in logged
-    assert capsys.readouterr() == ("", "")
-
-
-NOISY = """
-import logging, os, pathlib, sys, warnings
-from library import console
-console.setup({setup})
-with console.quiet_dependencies({argument}):
-    print("from Python")
-    with console.quiet_dependencies():
-        os.write(1, b"from C, stdout\\n")
-        os.write(2, b"from C, stderr\\n")
-    warnings.warn("a warning")
-    logger = logging.getLogger("noisy.package")
-    logger.addHandler(logging.StreamHandler())
-    logger.propagate = False
-    logging.getLogger("other").warning("a log message")
-print("out")
-console.notice("err")
-logger.warning("said later")
-"""
-
-
-def test_dependencies_are_quiet(tmp_path):
-    result = python(NOISY.format(setup="None", argument=""))
-    assert (result.returncode, result.stdout, result.stderr) == (0, "out\n", "err\n")
-
-    path = tmp_path / "of_setup.log"
-    result = python(NOISY.format(setup=f"pathlib.Path({str(path)!r})", argument=""))
-    assert (result.stdout, result.stderr) == ("out\n", "err\n")
-    logged = path.read_text(encoding="utf-8")
-    for text in ("from Python", "stdout", "stderr", "a warning", "a log message", "err", "said later"):
-        assert text in logged
-
-    path = tmp_path / "of_its_own.log"
-    result = python(NOISY.format(setup="None", argument=f"pathlib.Path({str(path)!r})"))
-    assert (result.stdout, result.stderr) == ("out\n", "err\n")
-    assert "from Python" in path.read_text(encoding="utf-8")
-
-
-def test_quiet_survives_errors_and_closed_descriptors():
-    result = python(
-        """
-        import os
-        from library import console
-        os.close(1)
-        try:
-            with console.quiet_dependencies():
-                os.write(2, b"hidden")
-                raise ImportError("broken package")
-        except ImportError as problem:
-            os.write(2, str(problem).encode())
-        try:
-            os.fstat(1)
-        except OSError:
-            os.write(2, b", 1 is still closed")
-        os._exit(0)
-        """
-    )
-    assert result.stderr == "broken package, 1 is still closed"
-
-
-def test_a_progress_bar_stays_whole():
-    result = python(
-        """
-        import sys
-        from tqdm import tqdm
-        from library import console
-        with tqdm(total=2, file=sys.stderr, mininterval=0, miniters=1) as bar:
-            bar.update()
-            console.notice("a message")
-            bar.update()
-        """
-    )
-    assert "a message\n" in result.stderr.replace("\r", "\n")
-    line = next(line for line in result.stderr.split("\n") if "a message" in line)
-    assert line.rsplit("\r", 1)[-1] == "a message"

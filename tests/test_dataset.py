@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from library.data.buckets import Geometry
 from library.data.dataset import ImageDataset, make_loader, size_conditioning
 from library.data.plan import PlanSampler, RunPlan
 from library.data.records import scan
+from library.errors import UserError
 from tests.pictures import dataset, picture, subset
 
 
@@ -108,8 +110,8 @@ def test_workers_change_nothing(mixed, context):
     examples = ImageDataset(table, mixed)
     plan = plan_of(table, mixed, accumulation=2)
     sampler = PlanSampler(plan, 1, plan.steps_per_epoch + 2)
-    alone = batches_of(make_loader(examples, sampler, 0, persistent=False))
-    loader = make_loader(examples, sampler, 2, persistent=True)
+    alone = batches_of(make_loader(examples, sampler, 0))
+    loader = make_loader(examples, sampler, 2)
     loader.multiprocessing_context = context
     together = batches_of(loader)
     assert len(alone) == len(together) > 5
@@ -139,31 +141,48 @@ class TestFailures:
     def test_another_image_stands_in_and_weighs_nothing(self, tmp_path, said, workers):
         datasets = self.datasets(tmp_path, 3, 1)
         table = scan(datasets)
-        loader = make_loader(
-            ImageDataset(table, datasets), PlanSampler(plan_of(table, datasets), 0, 2), workers, persistent=False
-        )
+        loader = make_loader(ImageDataset(table, datasets), PlanSampler(plan_of(table, datasets), 0, 2), workers)
         for batch in loader:
             place = [item.record for item in batch.plan.items].index(3)
             assert batch.weights.tolist() == [0.0 if n == place else 1.0 for n in range(4)]
             assert batch.records[place] in (0, 1, 2)
             assert batch.captions[place] == str(batch.records[place])
             assert torch.equal(batch.images[place], batch.images[batch.records.index(batch.records[place])])
-        assert len(loader.failures) == 1
+        assert loader.failures == {3}
         assert all(str(tmp_path / "broken0.png") in message for message in said)
 
     def test_a_batch_with_nothing_left_weighs_nothing(self, tmp_path, said):
         datasets = self.datasets(tmp_path, 0, 2)
         table = scan(datasets)
-        (batch,) = make_loader(ImageDataset(table, datasets), plan_of(table, datasets).iterate(0, 1), 0, False)
+        batch = ImageDataset(table, datasets)[next(plan_of(table, datasets).iterate(0, 1))]
         assert batch.weights.tolist() == [0, 0]
         assert batch.images.shape == (2, 3, 64, 64)
         assert torch.isfinite(batch.images).all()
+
+    def test_it_ends_when_no_image_is_left(self, tmp_path, said):
+        datasets = self.datasets(tmp_path, 0, 6)
+        table = scan(datasets)
+        batches = make_loader(ImageDataset(table, datasets), plan_of(table, datasets).iterate(0, 2), 0)
+        with pytest.raises(UserError, match="no image to train on is left"):
+            list(batches)
+        assert len(said) == 6
+
+    def test_it_ends_when_only_regularisation_images_are_left(self, tmp_path, said):
+        broken = self.datasets(tmp_path / "train", 0, 3)[0].subsets[0]
+        sound = self.datasets(tmp_path / "reg", 4, 0)[0].subsets[0]
+        datasets = (dataset(broken, replace(sound, is_reg=True), batch_size=1),)
+        table = scan(datasets)
+        assert table.training(datasets).tolist() == [True] * 3 + [False] * 4
+        batches = make_loader(ImageDataset(table, datasets), plan_of(table, datasets).iterate(0, 6), 0)
+        with pytest.raises(UserError, match="no image to train on is left"):
+            list(batches)
+        assert len(said) == 3
 
     def test_an_image_that_vanishes(self, tmp_path, said):
         datasets = self.datasets(tmp_path, 2, 0)
         table = scan(datasets)
         (tmp_path / "0.png").unlink()
-        (batch,) = make_loader(ImageDataset(table, datasets), plan_of(table, datasets).iterate(0, 1), 0, False)
+        (batch,) = make_loader(ImageDataset(table, datasets), plan_of(table, datasets).iterate(0, 1), 0)
         assert batch.weights.sum() == 1
         assert "no longer there" in said[0]
 

@@ -74,8 +74,6 @@ def test_a_card_that_torch_cannot_open_is_a_notice_about_the_driver():
         ("bf16", machine("cpu"), "bf16", False),
         ("fp16", machine("cpu"), "bf16", True),
         ("fp16", machine("mps"), "fp16", False),
-        ("bf16", machine("mps", bf16=False), "fp16", True),
-        ("bf16", machine(card=OLD, bf16=False), "fp16", True),
         ("bf16", machine(card=AMPERE), "bf16", False),
         ("fp16", machine(card=AMPERE), "fp16", False),
     ],
@@ -84,6 +82,12 @@ def test_usable_precision(wanted, hardware_of, precision, noticed):
     chosen, notice = usable_precision(wanted, hardware_of)
     assert chosen == precision
     assert (notice is not None) is noticed
+
+
+@pytest.mark.parametrize("device", [machine("mps", bf16=False), machine(card=OLD, bf16=False)])
+def test_bf16_is_refused_where_fp16_would_be_another_training(device):
+    with pytest.raises(UserError, match="use --mixed_precision fp16"):
+        usable_precision("bf16", device)
 
 
 def test_this_machine_is_probed_and_settled(monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,8 +73,8 @@ def test_batches_carry_the_latents_of_their_images(datasets):
     cache = cache_latents(table, datasets, encode, batch_size=2)
     plan = RunPlan(table, datasets, seed=3)
     sampler = PlanSampler(plan, 0, 2 * plan.steps_per_epoch)
-    with_pixels = list(make_loader(ImageDataset(table, datasets), sampler, 0, persistent=False))
-    with_latents = list(make_loader(ImageDataset(table, datasets, cache), sampler, 2, persistent=False))
+    with_pixels = list(make_loader(ImageDataset(table, datasets), sampler, 0))
+    with_latents = list(make_loader(ImageDataset(table, datasets, cache), sampler, 2))
     mirrored = 0
     for pixels, latents in zip(with_pixels, with_latents, strict=True):
         assert latents.images is None
@@ -131,7 +132,7 @@ def test_an_image_that_does_not_decode_never_trains(tmp_path, datasets, said):
     assert len(said) == 1
     assert str(tmp_path / "a" / "0.png") in said[0]
     plan = RunPlan(table, datasets, seed=3)
-    loader = make_loader(ImageDataset(table, datasets, cache), PlanSampler(plan, 0, plan.steps_per_epoch), 0, False)
+    loader = make_loader(ImageDataset(table, datasets, cache), PlanSampler(plan, 0, plan.steps_per_epoch), 0)
     weights = {item.record: w.item() for b in loader for item, w in zip(b.plan.items, b.weights, strict=True)}
     assert [weights[index] for index in range(len(table))] == [0] + [1] * 9
 
@@ -142,7 +143,7 @@ def test_a_bucket_of_which_nothing_decodes_gives_blanks(tmp_path, datasets, said
     table = scan(datasets)
     cache = cache_latents(table, datasets, encode)
     plan = RunPlan(table, datasets, seed=3)
-    loader = make_loader(ImageDataset(table, datasets, cache), PlanSampler(plan, 0, plan.steps_per_epoch), 0, False)
+    loader = make_loader(ImageDataset(table, datasets, cache), PlanSampler(plan, 0, plan.steps_per_epoch), 0)
     blanks = [batch for batch in loader if batch.plan.bucket == table[1].bucket]
     assert {batch.latents.shape[1:] for batch in blanks} == {cache.shape(table[1].bucket)}
     assert all(not batch.weights.any() for batch in blanks)
@@ -150,6 +151,15 @@ def test_a_bucket_of_which_nothing_decodes_gives_blanks(tmp_path, datasets, said
 
 def test_nothing_left_is_an_error(tmp_path, datasets, said):
     for path in tmp_path.glob("*/*.png"):
+        damage(path)
+    with pytest.raises(UserError, match="no image to train on is left"):
+        cache_latents(scan(datasets), datasets, encode)
+
+
+def test_regularisation_images_alone_are_not_enough(tmp_path, datasets, said):
+    subsets = [replace(subset, is_reg=subset.name == "b") for subset in datasets[0].subsets]
+    datasets = (replace(datasets[0], subsets=tuple(subsets)),)
+    for path in tmp_path.glob("a/*.png"):
         damage(path)
     with pytest.raises(UserError, match="no image to train on is left"):
         cache_latents(scan(datasets), datasets, encode)

@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 import torch
 
@@ -113,6 +114,13 @@ def test_without_bucketing_the_bucket_info_is_json_too():
 def test_network_arguments_are_written_if_there_are_any():
     metadata = network_metadata(SETTINGS | {"network_args": {"conv_dim": "4"}}, RUN)
     assert metadata["ss_network_args"] == '{"conv_dim": "4"}'
+
+
+@pytest.mark.parametrize(
+    ("rates", "text"), [(None, "None"), ((), "None"), ((0.0,), "0.0"), ((1e-5, 2e-5), "[1e-05, 2e-05]")]
+)
+def test_one_learning_rate_of_text_encoders_is_a_number_and_several_are_json(rates, text):
+    assert network_metadata(SETTINGS | {"text_encoder_lr": rates}, RUN)["ss_text_encoder_lr"] == text
 
 
 def test_without_metadata_what_a_reader_needs_is_left():

@@ -13,7 +13,6 @@ from library.generation import paint as paint_module
 from library.generation.paint import evaluating, paint
 from library.generation.prompts import PromptLine
 from library.generation.samplers import SAMPLERS, make_scheduler
-from library.generation.sheet import FRAME, PAPER, contact_sheet
 from library.models.sd import StableDiffusion1
 from library.models.text import clip_tokenizer
 
@@ -199,23 +198,3 @@ def test_values_that_are_not_finite_are_told(model, monkeypatch):
     assert pixels(paint(model, REQUEST)).tolist() == np.full((8, 8, 3), 128).tolist()
     assert len(messages) == 1
     assert "not finite" in messages[0]
-
-
-def test_contact_sheet():
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue", "white", "black")]
-    sheet = contact_sheet(pictures, ["one", "", "three " * 30, "four", "x" * 200], columns=2)
-    assert sheet.mode == "RGB"
-    counts = {colour: count for count, colour in sheet.getcolors(maxcolors=2**24)}
-    for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)):
-        assert counts[colour] == 256 * 256  # all enlarged by 4, none cut off, covered or smoothed
-    border = {sheet.getpixel((x, y)) for x in range(sheet.width) for y in (0, sheet.height - 1)}
-    assert border == {PAPER}
-    assert counts[FRAME] == 5 * 4 * 257
-    assert contact_sheet(pictures[:1], [""], columns=3).width == 256 + sheet.width - 2 * 256 - 20
-    assert contact_sheet([Image.new("L", (600, 400))], ["large"], columns=1).width > 600
-
-
-@pytest.mark.parametrize(("count", "captions", "columns"), [(0, 0, 1), (1, 2, 1), (1, 1, 0)])
-def test_contact_sheet_refuses_what_it_cannot_lay_out(count, captions, columns):
-    with pytest.raises(ValueError, match="contact sheet"):
-        contact_sheet([Image.new("RGB", (8, 8))] * count, [""] * captions, columns)

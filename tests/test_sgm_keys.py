@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from library.models import sgm_keys
-from library.models.sd import SD15, StableDiffusion1
+from library.models.sd import StableDiffusion1
+from tests.sd15 import SD15
 
 # Names and shapes of the published Stable Diffusion 1.5 file.
 PUBLISHED = {
@@ -69,12 +70,10 @@ def test_real_size_has_the_published_number_of_tensors(shapes, prefix, count):
     assert sum(name.startswith(prefix) for name in shapes) == count
 
 
-def test_every_name_maps_to_the_original_and_back(sd15):
+def test_every_name_has_an_original_of_its_own(sd15):
     for module, names in sd15.parts():
         ours = list(module.state_dict())
-        originals = [names.original(name) for name in ours]
-        assert len(set(originals)) == len(ours)
-        assert [names.ours(original) for original in originals] == ours
+        assert len({names.original(name) for name in ours}) == len(ours)
 
 
 @pytest.mark.parametrize("part", ["unet_config", "vae_config", "clip_config"])
@@ -107,10 +106,6 @@ def test_unknown_names_are_refused(sd15):
     names = sgm_keys.vae_key_map(sd15.vae.config)
     with pytest.raises(KeyError):
         names.original("encoder.down_blocks.9.resnets.0.conv1.weight")
-    with pytest.raises(KeyError):
-        names.ours("first_stage_model.encoder.down.9.block.0.conv1.weight")
-    with pytest.raises(KeyError):
-        names.ours("encoder.conv_in.weight")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from examples.miniature.shapes import coverage, draw, paint_over, random_scene
 
 LATENT_SCALE = 0.18215
+POSTERIOR = 0.05  # standard deviation of the finished encoder's draws, relative to that of the latents
 # 64 channels at least: 32 would leave one channel per normalisation group, which erases the flat colours.
 CONFIG = {
     "block_out_channels": (64, 64, 64, 96),
@@ -92,10 +93,9 @@ def whiten(vae: AutoencoderKL, images: torch.Tensor) -> None:
     weight, bias = encode.weight[:, :, 0, 0].double(), encode.bias.double()
     encode.weight[:4] = (forward @ weight[:4])[:, :, None, None].float()
     encode.bias[:4] = (forward @ (bias[:4] - centre)).float()
-    # A rotated posterior is no longer diagonal: its diagonal is kept, averaged over the pictures.
-    spread = torch.diagonal(forward @ noise @ forward.T).log()
+    # A posterior as narrow as this leaves the denoiser nothing to learn that cannot be learned.
     encode.weight[4:] = 0
-    encode.bias[4:] = spread.float()
+    encode.bias[4:] = 2 * math.log(POSTERIOR / LATENT_SCALE)
     inner = decode.weight[:, :, 0, 0].double()
     decode.bias += (inner @ centre).float()
     decode.weight.copy_((inner @ backward)[:, :, None, None].float())

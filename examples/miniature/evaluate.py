@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from examples.miniature.shapes import COLOURS, SHAPES, Mask, Scene, coverage
+from examples.sheet import contact_sheet
 from library import cli, console
 
 MODEL = Path(__file__).parent / "miniature.safetensors"
@@ -100,7 +101,6 @@ def main() -> None:
     with console.quiet_dependencies():
         from library.generation.paint import paint
         from library.generation.prompts import PromptLine
-        from library.generation.sheet import contact_sheet
         from library.models.family import load_model
     model = load_model(options.model)
     wanted = list(scenes(options.count))

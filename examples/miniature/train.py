@@ -56,7 +56,6 @@ GROUPS = (
     options.DatasetOptions,
     options.CacheOptions,
     options.LoaderOptions,
-    options.NetworkOptions,
     options.TrainingOptions,
     options.OptimizerOptions,
     options.PrecisionOptions,
@@ -101,7 +100,7 @@ def train(work: Path, steps: int, rate: float, more: list[str]) -> None:
             *("--pretrained_model_name_or_path", str(work / "untrained.safetensors")),
             *("--train_data_dir", str(work / "pictures"), "--resolution", "64", "--cache_latents"),
             *("--enable_bucket", "--min_bucket_reso", "32", "--max_bucket_reso", "128", "--bucket_reso_steps", "16"),
-            *("--vae_batch_size", "32", "--train_batch_size", "64", "--max_train_steps", str(steps), "--seed", "1"),
+            *("--vae_batch_size", "32", "--train_batch_size", "32", "--max_train_steps", str(steps), "--seed", "1"),
             *("--learning_rate", str(rate), "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "200"),
             *("--output_dir", str(work), "--output_name", "miniature", "--save_precision", "fp16"),
             *("--sample_prompts", str(prompts), "--sample_every_n_steps", "500", "--save_every_n_steps", "500"),
@@ -115,7 +114,7 @@ def train(work: Path, steps: int, rate: float, more: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     known, more = parser.parse_known_args()
     console.setup(None)

@@ -3,26 +3,28 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from library.models.family import Family
+from library.models.metadata import RunFacts, modelspec, training_metadata
 from library.training.methods.base import Method, ParameterGroup
 
 
 class WholeModel(Method):
     """Trains everything but the autoencoder. What is shown and saved is a moving average of the weights."""
 
-    def __init__(self, learning_rate: float, decay: float = 0.998):
+    log_name = "miniature"
+
+    def __init__(self, learning_rate: float, decay: float = 0.999):
         self.learning_rate = learning_rate
         self.decay = decay
 
     def build(self, model: Family) -> nn.Module:
         self.model = model
-        self.trained = nn.ModuleDict({"text_encoder": model.text_encoders, "unet": model.unet})
-        model.requires_grad_(False)
-        self.trained.requires_grad_(True)
+        self.trained = nn.ModuleDict({"text_encoder": model.text_encoders, "unet": model.unet}).float()
         self.parameters = list(self.trained.parameters())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         return self.trained
@@ -48,6 +50,9 @@ class WholeModel(Method):
     def _swap(self) -> None:
         for parameter, average in zip(self.parameters, self.average, strict=True):
             parameter.data, average.data = average.data, parameter.data
+
+    def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
+        return training_metadata(settings, facts) | modelspec(settings, facts)
 
     def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         self.model.save(path, dtype, metadata)

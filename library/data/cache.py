@@ -13,7 +13,7 @@ from library.console import rank, warn
 from library.data import images
 from library.data.buckets import Buckets, Size
 from library.data.config import DatasetConfig
-from library.data.records import Record, RecordTable
+from library.data.records import NOTHING_DECODES, Record, RecordTable
 from library.data.scratch import ScratchFolder
 from library.errors import UserError
 from library.randomness import address
@@ -27,12 +27,14 @@ class LatentsCache:
 
     def __init__(self, folder: Path, scratch: ScratchFolder | None = None):
         self.folder = folder
-        self._scratch = scratch
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         self._values = np.memmap(folder / "latents.bin", dtype=np.float32, mode="r")
         facts = json.loads((folder / "facts.json").read_text())
         self._channels: int = facts["channels"]
         self._factor: int = facts["factor"]
+        self.left_out: int = facts["left_out"]
+        """How many images could not be decoded."""
+        self._scratch = scratch  # the last attribute is the last to go, after the maps of what is in the folder
 
     def __reduce__(self):
         return LatentsCache, (self.folder,)
@@ -62,7 +64,7 @@ def cache_latents(
     offsets = np.full((len(table), 2), -1, dtype=np.int64)
     facts = {}
     written = 0
-    count = int(np.count_nonzero(table.repeats))
+    count = table.in_use
     bar = tqdm(total=count, desc="caching latents", unit="img", disable=rank() > 0)
     try:
         with bar, open(scratch.path / "latents.bin", "wb") as file:
@@ -80,9 +82,11 @@ def cache_latents(
             f"{scratch.path.parent} is full after the latents of {bar.n} of {count} images: free some space, or set "
             "the environment variable TMPDIR to a folder on a larger disk"
         ) from None
-    if not written:
-        raise UserError("no image to train on is left: not one of them can be decoded")
+    cached = offsets[:, 0] >= 0
+    if not cached[table.training(datasets)].any():
+        raise UserError(NOTHING_DECODES)
     np.save(scratch.path / "offsets.npy", offsets)
+    facts["left_out"] = count - int(np.count_nonzero(cached))
     (scratch.path / "facts.json").write_text(json.dumps(facts))
     return LatentsCache(scratch.path, scratch)
 

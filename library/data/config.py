@@ -6,14 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from library.console import notice
 from library.data.buckets import Buckets, Size
 from library.data.files import folder_problem
 from library.data.folders import image_folders
 from library.errors import UserError, suggest
 from library.options.dataset import DatasetOptions
+from library.toml_file import read_toml
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def _from_folders(options: DatasetOptions, values: dict[str, Any]) -> DatasetCon
 
 
 def _from_file(path: Path, values: dict[str, Any]) -> tuple[DatasetConfig, ...]:
-    content = _read_toml(path)
+    content = read_toml(path, "dataset file")
     general = _checked(_table(content.pop("general", {}), f"{path}: general"), _OF_GENERAL, f"{path}: general")
     tables = _tables(content.pop("datasets", []), f"{path}: datasets")
     for key in content:
@@ -292,23 +291,6 @@ def _with_whole_steps(dataset: DatasetConfig) -> DatasetConfig:
 
 def _sides(size: Size) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]},{size[1]}"
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return toml.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        others = path.parent.glob("*.toml") if path.parent.is_dir() else ()
-        raise UserError(
-            f"--dataset_config: {path} does not exist{suggest(path.name, [p.name for p in others])}"
-        ) from None
-    except OSError as problem:
-        raise UserError(f"--dataset_config: {path} cannot be read: {problem.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a TOML file in UTF-8") from None
-    except (ValueError, IndexError) as problem:  # the parser's own error is a ValueError
-        hint = "; write paths with backslashes in 'single' quotes" if "escape" in str(problem).lower() else ""
-        raise UserError(f"{path}: is not valid TOML: {problem}{hint}") from None
 
 
 def _table(value: Any, place: str) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from library.data.cache import LatentsCache
 from library.data.captions import compose
 from library.data.config import DatasetConfig
 from library.data.plan import BatchPlan, Item
-from library.data.records import Record, RecordTable
+from library.data.records import NOTHING_DECODES, Record, RecordTable
+from library.errors import UserError
 from library.randomness import generator
+from library.transfer import to_device
 
 
 @dataclass
@@ -38,12 +40,12 @@ class Batch:
     """(B, 1, h, w) float32 factors of the loss, or None"""
     weights: torch.Tensor
     """(B,) float32 factors of the loss; 0 for what must not train"""
-    failures: list[str] = field(default_factory=list)
-    """Messages about files that could not be used."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """What is wrong with records that could not be used, by their index in the table."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._with_tensors(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> "Batch":
         """The same batch with its tensors in page-locked memory. The DataLoader looks for a method of this name."""
@@ -82,7 +84,7 @@ class ImageDataset(Dataset):
         self._buckets = [dataset.buckets() for dataset in datasets]
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
-        failures: list[str] = []
+        failures: dict[int, str] = {}
         examples = [self._try_example(item, failures) for item in plan.items]
         sound = [example for example in examples if example is not None]
         # A batch keeps its shape: another of its images, or a blank, sits where one is missing, and weighs nothing.
@@ -103,7 +105,7 @@ class ImageDataset(Dataset):
             failures=failures,
         )
 
-    def _try_example(self, item: Item, failures: list[str]) -> _Example | None:
+    def _try_example(self, item: Item, failures: dict[int, str]) -> _Example | None:
         record = self.table[item.record]
         subset = self.datasets[record.dataset].subsets[record.subset]
         geometry = self._buckets[record.dataset].choose((record.width, record.height))
@@ -111,7 +113,7 @@ class ImageDataset(Dataset):
         try:
             pixels = self._pixels(record, geometry, flipped)
         except images.BrokenImage as problem:
-            failures.append(f"{record.path} cannot be decoded and is not trained on: {problem}")
+            failures[record.index] = f"{record.path} cannot be decoded and is not trained on: {problem}"
             return None
         if pixels is None:  # said when the latents were cached
             return None
@@ -146,30 +148,47 @@ def size_conditioning(record: Record, geometry: Geometry, flipped: bool) -> tupl
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader that tells the user of unusable files, in the main process and once each, and collects them."""
+    """A DataLoader that tells the user of unusable files, in the main process and once each, and collects them.
+
+    Raises UserError when there is nothing left but regularisation images.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.failures: set[str] = set()
+        self.failures: set[int] = set()
+        self._usable = self.dataset.table.training(self.dataset.datasets)
+
+    @property
+    def left_out(self) -> int:
+        """How many images could not be used so far."""
+        latents = self.dataset.latents
+        return len(self.failures) + (0 if latents is None else latents.left_out)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
-            for failure in batch.failures:
-                self.failures.add(failure)
+            for record, failure in batch.failures.items():
                 warn(failure)
+                self.failures.add(record)
+                self._usable[record] = False
+            if batch.failures and not self._usable.any():
+                raise UserError(NOTHING_DECODES)
             yield batch
 
 
-def make_loader(dataset: ImageDataset, sampler: Iterable[BatchPlan], workers: int, persistent: bool) -> BatchLoader:
-    """Batches in the sampler's order, whatever the number of workers; 0 makes them in this process."""
+def make_loader(
+    dataset: ImageDataset, sampler: Iterable[BatchPlan], workers: int, *, pin_memory: bool = False
+) -> BatchLoader:
+    """Batches in the sampler's order, whatever the number of workers; 0 makes them in this process.
+
+    `pin_memory` puts them into page-locked memory, from which a GPU fetches them while it computes.
+    """
     return BatchLoader(
         dataset,
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
-        persistent_workers=persistent and workers > 0,
         worker_init_fn=_set_up_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from library.errors import nearest
+from library.errors import suggest_path
 
 _OPTIONAL = {".avif", ".jxl"}  # as far as this Pillow was built with them, or a plugin has added them
 IMAGE_SUFFIXES = frozenset(
@@ -41,8 +41,4 @@ def folder_problem(folder: Path) -> str | None:
         return None if os.access(folder, os.R_OK | os.X_OK) else f"the folder {folder} cannot be read"
     if folder.exists():
         return f"{folder} is a file, not a folder"
-    parent = folder.parent
-    if not parent.is_dir():
-        return f"the folder {folder} does not exist, and neither does {parent}"
-    sibling = nearest(folder.name, [path.name for path in subfolders(parent)])
-    return f"the folder {folder} does not exist" + (f", did you mean {parent / sibling}?" if sibling else "")
+    return f"the folder {folder} does not exist{suggest_path(folder, folder=True)}"

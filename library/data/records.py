@@ -22,8 +22,9 @@ from library.data.config import DatasetConfig, SubsetConfig
 from library.data.files import file_names, is_image
 from library.data.images import BrokenImage, read_size
 from library.data.scratch import ScratchFolder
-from library.errors import UserError
+from library.errors import UserError, some
 
+NOTHING_DECODES = "no image to train on is left: not one of them can be decoded"
 _CAPTION_EXTENSIONS = (".txt", ".caption", ".tags")  # what captions are usually found in
 
 
@@ -64,7 +65,6 @@ class RecordTable:
 
     def __init__(self, folder: Path, scratch: ScratchFolder | None = None):
         self.folder = folder
-        self._scratch = scratch
         self.sizes, self.buckets, self.subsets, self.repeats = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("sizes", "buckets", "subsets", "repeats")
         )
@@ -76,6 +76,7 @@ class RecordTable:
         self.reports = tuple(
             SubsetReport(**(report | {"broken": tuple(report["broken"])})) for report in facts["reports"]
         )
+        self._scratch = scratch  # the last attribute is the last to go, after the maps of what is in the folder
 
     def __reduce__(self):
         return RecordTable, (self.folder,)
@@ -102,6 +103,19 @@ class RecordTable:
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def in_use(self) -> int:
+        """How many of the images are used at all."""
+        return int(np.count_nonzero(self.repeats))
+
+    def training(self, datasets: Sequence[DatasetConfig]) -> np.ndarray:
+        """(N,) whether each image is in use and no regularisation image."""
+        chosen = self.repeats > 0
+        for number, dataset in enumerate(datasets):
+            regular = [index for index, subset in enumerate(dataset.subsets) if subset.is_reg]
+            chosen &= (self.subsets[:, 0] != number) | ~np.isin(self.subsets[:, 1], regular)
+        return chosen
 
     def key(self, index: int) -> str:
         """`self[index].key`, without making the rest of the record."""
@@ -197,10 +211,10 @@ class _Builder:
             self.names.append(name)
             self.captions.append(caption)
         if broken:
-            named = _some([f"{name} ({reason})" for name, reason in broken.items()])
+            named = some([f"{name} ({reason})" for name, reason in broken.items()])
             warn(f"{subset.image_dir}: {len(broken)} of {len(names)} images cannot be read and are left out: {named}")
         if unusual:
-            warn(f"{subset.image_dir}: {len(unusual)} captions are not UTF-8 and are read as Latin-1: {_some(unusual)}")
+            warn(f"{subset.image_dir}: {len(unusual)} captions are not UTF-8 and are read as Latin-1: {some(unusual)}")
         images = len(names) - len(broken)
         self.training_images += 0 if subset.is_reg else images
         _look_for_other_captions(subset, listing, missing, images)
@@ -272,11 +286,6 @@ def _normalised(name: str) -> str:
 def _key(dataset: int, subset: int, name: str) -> str:
     text = f"{dataset}/{subset}/{_normalised(name)}"
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class _TextWriter:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import toml
-
 from library.console import warn
 from library.errors import UserError, nearest, suggest
 from library.generation.samplers import find_sampler
+from library.toml_file import read_text, read_toml
 
 MAX_STEPS = 998  # with more, Diffusers' schedulers step outside the model's 1000 noise levels
 MAX_SEED = 2**64 - 1  # what a torch generator takes
+_WHAT = "prompt file"
 
 
 @dataclass(frozen=True)
@@ -68,34 +68,20 @@ def read_prompts(path: str | Path) -> tuple[PromptLine, ...]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: a prompt file has to end in {', '.join(readers)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such prompt file{_similar_file(path)}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: the file is not UTF-8 text, save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: the prompt file cannot be read ({error.strerror})") from None
-    prompts = tuple(reader(text, str(path)))
+    prompts = tuple(reader(path))
     if not prompts:
         raise UserError(f"{path}: the file holds no prompt")
     return prompts
 
 
-def _read_lines(text: str, file: str) -> list[PromptLine]:
+def _read_lines(file: Path) -> list[PromptLine]:
+    text = read_text(file, _WHAT, [".txt"])
     lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
     return [parse_line(line, f"{file}, line {number}") for number, line in lines if line and not line.startswith("#")]
 
 
-def _read_toml(text: str, file: str) -> list[PromptLine]:
-    try:
-        document = toml.loads(text)
-    except toml.TomlDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}: the file is not valid TOML ({error.msg})") from None
-    except (IndexError, TypeError, ValueError):  # slips of the package on some malformed files
-        raise UserError(f"{file}: the file is not valid TOML") from None
-    defaults = document.get("prompt")
+def _read_toml(file: Path) -> list[PromptLine]:
+    defaults = read_toml(file, _WHAT).get("prompt")
     if not isinstance(defaults, dict):
         raise UserError(f"{file}: the file needs one [[prompt.subset]] for each picture")
     subsets = defaults.pop("subset", [])
@@ -105,7 +91,8 @@ def _read_toml(text: str, file: str) -> list[PromptLine]:
     return [_from_keys(subset, f"{file}: prompt.subset[{i}]", shared) for i, subset in enumerate(subsets)]
 
 
-def _read_json(text: str, file: str) -> list[PromptLine]:
+def _read_json(file: Path) -> list[PromptLine]:
+    text = read_text(file, _WHAT, [".json"])
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -220,8 +207,3 @@ def _closest(name: str) -> str:
     letters = {name: name for name in _OPTIONS} | {option.key: name for name, option in _OPTIONS.items()}
     match = nearest(name.lower(), letters)
     return f", did you mean --{letters[match]}?" if match else ""
-
-
-def _similar_file(path: Path) -> str:
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return suggest(path.name, names)

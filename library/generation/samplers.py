@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError, suggest
+from library.options.preview import SAMPLERS as NAMES
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -27,37 +28,24 @@ class Sampler:
     needs_scipy: bool = False
 
 
-_DDIM = Sampler("DDIMScheduler")
-_PNDM = Sampler("PNDMScheduler")
-_LMS = Sampler("LMSDiscreteScheduler", needs_scipy=True)
-_EULER = Sampler("EulerDiscreteScheduler")
-_EULER_A = Sampler("EulerAncestralDiscreteScheduler")
-_HEUN = Sampler("HeunDiscreteScheduler")
-_DPM_2 = Sampler("KDPM2DiscreteScheduler")
-_DPM_2_A = Sampler("KDPM2AncestralDiscreteScheduler")
-# The first DPM-Solver is undefined at zero noise, so it stops at the smallest sigma of training.
-_DPM_SOLVER = Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"})
-_DPM_SOLVER_PP = Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"})
-_DPM_SINGLE = Sampler("DPMSolverSinglestepScheduler", {"lower_order_final": True})
-
-SAMPLERS: Mapping[str, Sampler] = {
-    "ddim": _DDIM,
-    "pndm": _PNDM,
-    "lms": _LMS,
-    "euler": _EULER,
-    "euler_a": _EULER_A,
-    "heun": _HEUN,
-    "dpm_2": _DPM_2,
-    "dpm_2_a": _DPM_2_A,
-    "dpmsolver": _DPM_SOLVER,
-    "dpmsolver++": _DPM_SOLVER_PP,
-    "dpmsingle": _DPM_SINGLE,
-    "k_lms": _LMS,
-    "k_euler": _EULER,
-    "k_euler_a": _EULER_A,
-    "k_dpm_2": _DPM_2,
-    "k_dpm_2_a": _DPM_2_A,
+_SAMPLERS = {
+    "ddim": Sampler("DDIMScheduler"),
+    "pndm": Sampler("PNDMScheduler"),
+    "lms": Sampler("LMSDiscreteScheduler", needs_scipy=True),
+    "euler": Sampler("EulerDiscreteScheduler"),
+    "euler_a": Sampler("EulerAncestralDiscreteScheduler"),
+    "heun": Sampler("HeunDiscreteScheduler"),
+    "dpm_2": Sampler("KDPM2DiscreteScheduler"),
+    "dpm_2_a": Sampler("KDPM2AncestralDiscreteScheduler"),
+    # The first DPM-Solver is undefined at zero noise, so it stops at the smallest sigma of training.
+    "dpmsolver": Sampler(
+        "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    ),
+    "dpmsolver++": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": Sampler("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
+# The flag also knows some by the names that k-diffusion's have in web UIs.
+SAMPLERS: Mapping[str, Sampler] = {name: _SAMPLERS[name.removeprefix("k_")] for name in NAMES}
 
 # The scheduler configuration published with Stable Diffusion 1.x. Each scheduler takes the part it knows, as it does
 # in Diffusers when the scheduler of a pipeline is exchanged with `from_config`. Without it most would clip latents to

@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from library.errors import UserError, suggest
+from library.errors import UserError, suggest_path
 
 # In safetensors' own order, which decides the order of the tensors in a file: later ones come first.
 _DTYPES = {
@@ -44,6 +44,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _DTYPE_RANK = {name: rank for rank, name in enumerate(_DTYPES)}
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 _LEGACY_HASH_START, _LEGACY_HASH_BYTES = 0x100000, 0x10000
 
@@ -60,9 +61,6 @@ class WeightsFile(AbstractContextManager["WeightsFile"]):
 
     @abstractmethod
     def shape(self, key: str) -> tuple[int, ...]: ...
-
-    @abstractmethod
-    def dtype(self, key: str) -> torch.dtype: ...
 
     @abstractmethod
     def get(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -120,9 +118,6 @@ class _SafetensorsFile(WeightsFile):
     def shape(self, key: str) -> tuple[int, ...]:
         return self._entries[key][1]
 
-    def dtype(self, key: str) -> torch.dtype:
-        return self._entries[key][0]
-
     def get(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         stored, shape, start, _ = self._entries[key]
         tensor = torch.empty(shape, dtype=stored)
@@ -165,9 +160,6 @@ class _PickledFile(WeightsFile):
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._tensors[key].shape)
 
-    def dtype(self, key: str) -> torch.dtype:
-        return self._tensors[key].dtype
-
     def get(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         stored = self._tensors[key]
         tensor = _cast(stored, dtype)
@@ -186,7 +178,7 @@ def open_weights(path: str | os.PathLike) -> WeightsFile:
         with path.open("rb") as file:
             start = file.read(9)
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist{_neighbour(path)}") from error
+        raise UserError(f"{path} does not exist{suggest_path(path, _SUFFIXES)}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     zipped = start.startswith(b"PK\x03\x04")
@@ -195,13 +187,6 @@ def open_weights(path: str | os.PathLike) -> WeightsFile:
     if path.suffix.lower() == SAFETENSORS_SUFFIX:
         raise UserError(f"{path} is a PyTorch file under a wrong name: rename it to {path.with_suffix('.ckpt').name}")
     return _PickledFile(path, zipped)
-
-
-def _neighbour(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f": there is no folder {path.parent}"
-    suffixes = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
-    return suggest(path.name, sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in suffixes))
 
 
 def _what_it_is(start: bytes) -> str:
@@ -321,6 +306,11 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         raise
 
 
+def stores_metadata(path: str | os.PathLike) -> bool:
+    """Whether a file of this name keeps metadata, which only .safetensors does."""
+    return Path(path).suffix.lower() == SAFETENSORS_SUFFIX
+
+
 def write_tensors(
     path: str | os.PathLike,
     tensors: Mapping[str, Tensor],
@@ -332,14 +322,13 @@ def write_tensors(
     Floating-point tensors are stored as `dtype` if one is given. The same content gives the same bytes. UserError if
     the place cannot be written or the suffix is unknown.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix == SAFETENSORS_SUFFIX:
+    if stores_metadata(path):
         order, header = _layout(tensors, dtype, metadata or {})
         with replacing(path) as file:
             file.write(header)
             for data in _streamed(tensors, dtype, order):
                 file.write(data)
-    elif suffix in PICKLE_SUFFIXES:
+    elif Path(path).suffix.lower() in PICKLE_SUFFIXES:
         with replacing(path) as file:
             torch.save(
                 {name: _of_its_own(_cast(tensor.detach(), dtype).cpu()) for name, tensor in tensors.items()}, file

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.errors import UserError, some
 from library.models.checkpoint import (
     Hashes,
     WeightsFile,
@@ -25,6 +25,7 @@ from library.models.checkpoint import (
 )
 from library.models.noise import NoiseProcess, torch_generator
 from library.models.sgm_keys import KeyMap, Shapes, is_carried, is_dropped, usual_spelling
+from library.transfer import to_device
 
 
 class AttachPoints(NamedTuple):
@@ -44,7 +45,6 @@ class LatentSpec:
     factor: int
     step: int
     scale: float
-    cache_suffix: str
 
 
 # Modules whose class other programs look for; a view keeps them whole and dissolves everything above them.
@@ -139,7 +139,7 @@ class Family(nn.Module, ABC):
         posterior = self.vae.encode(images).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()
         draws = [torch.randn(mean.shape[1:], generator=torch_generator(seed, "vae")) for seed in seeds]
-        return mean + std * torch.stack(draws).to(mean.device)
+        return mean + std * to_device(torch.stack(draws), mean.device)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Unscaled latents (B, C, h, w) -> images (B, 3, h x factor, w x factor), about -1..1, float32."""
@@ -166,7 +166,7 @@ class Family(nn.Module, ABC):
                 left -= _fill(module, names, file, keys, dtype=chosen, device=device)
             unknown = sorted(keys[name] for name in left if not is_dropped(name) and not is_carried(name))
             if unknown:
-                raise UserError(f"{file.path} holds tensors that no {cls.title} model has: {_listed(unknown)}")
+                raise UserError(f"{file.path} holds tensors that no {cls.title} model has: {some(unknown)}")
             model.carried = {name: file.get(keys[name]) for name in sorted(left) if is_carried(name)}
         model.rebuild_buffers(device)
         _assert_materialised(model)
@@ -222,9 +222,9 @@ def _fill(
             continue
         state[name] = file.get(key, dtype).reshape(parameter.shape).to(device)
     if missing:
-        raise UserError(f"{file.path} lacks {_listed(missing)}: it is not a complete Stable Diffusion model")
+        raise UserError(f"{file.path} lacks {some(missing)}: it is not a complete Stable Diffusion model")
     if misshapen:
-        raise UserError(f"{file.path} does not fit together: {_listed(misshapen)}")
+        raise UserError(f"{file.path} does not fit together: {some(misshapen)}")
     module.load_state_dict(state, assign=True)
     return used
 
@@ -238,13 +238,7 @@ def _assert_materialised(module: nn.Module) -> None:
     """No parameter or buffer may be left on the meta device: computing with one gives garbage without an error."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     left = [name for name, tensor in tensors if tensor.is_meta]
-    assert not left, f"never filled: {_listed(left)}"
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    """The first few names, for a sentence."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    assert not left, f"never filled: {some(left)}"
 
 
 def _usual_shapes(file: WeightsFile) -> dict[str, tuple[int, ...]]:
@@ -295,7 +289,7 @@ def detect(file: WeightsFile) -> type[Family]:
         if any(part in key for key in shapes):
             raise UserError(f"{file.path} {what}")
     titles = " or ".join(family.title for family in families())
-    raise UserError(f"{file.path} is not a {titles} checkpoint: its tensors are named {_listed(sorted(shapes))}")
+    raise UserError(f"{file.path} is not a {titles} checkpoint: its tensors are named {some(sorted(shapes))}")
 
 
 @dataclass(frozen=True)
@@ -305,12 +299,20 @@ class ModelInfo:
     path: Path
     family: type[Family]
     latents: LatentSpec
-    metadata: Mapping[str, str]
 
     @cached_property
     def hashes(self) -> Hashes:
         """The file's hashes; reads all of it, once."""
         return hash_file(self.path)
+
+    def load(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        vae_dtype: torch.dtype | None = None,
+    ) -> Family:
+        """Read the model; see `Family.load`."""
+        return self.family.load(self.path, dtype, device, vae_dtype)
 
 
 def inspect_model(path: str | os.PathLike) -> ModelInfo:
@@ -319,7 +321,7 @@ def inspect_model(path: str | os.PathLike) -> ModelInfo:
         family = detect(file)
         with _complete(family, file):
             latents = family.latent_spec(_usual_shapes(file))
-        return ModelInfo(file.path, family, latents, file.metadata)
+        return ModelInfo(file.path, family, latents)
 
 
 def load_model(
@@ -329,4 +331,4 @@ def load_model(
     vae_dtype: torch.dtype | None = None,
 ) -> Family:
     """Load a model file of whichever family it is; see `Family.load`."""
-    return inspect_model(path).family.load(path, dtype, device, vae_dtype)
+    return inspect_model(path).load(dtype, device, vae_dtype)

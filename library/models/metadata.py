@@ -8,7 +8,7 @@ import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,10 @@ def network_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, st
     that they come to, and appears only if there are any. With `no_metadata`, only what a reader needs.
     """
     fields = training_metadata(settings, run)
-    fields |= {f"ss_{name}": str(settings.get(name, default)) for name, default in _NETWORK_SETTINGS.items()}
+    own = {name: settings.get(name, default) for name, default in _NETWORK_SETTINGS.items()}
+    if isinstance(own["text_encoder_lr"], tuple) and len(own["text_encoder_lr"]) < 2:  # as when it took one number
+        own["text_encoder_lr"] = next(iter(own["text_encoder_lr"]), None)
+    fields |= {f"ss_{name}": _text(value) for name, value in own.items()}
     if settings.get("network_args"):
         fields["ss_network_args"] = json.dumps(settings["network_args"])
     if settings.get("no_metadata"):
@@ -156,8 +159,10 @@ def training_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, s
     }
     if run.base.hashes is not None:
         fields |= {"sd_model_hash": run.base.hashes.legacy, "new_sd_model_hash": run.base.hashes.sha256}
-    data = {name: _text(name, value) for name, value in run.datasets.items()}
-    return data | {f"ss_{name}": str(value) for name, value in fields.items()}
+    data = {name: _text(value) for name, value in run.datasets.items()}
+    if data.get("ss_bucket_info") == "None":
+        data["ss_bucket_info"] = "null"  # there is none without bucketing, but readers expect JSON all the same
+    return data | {f"ss_{name}": _text(value) for name, value in fields.items()}
 
 
 def modelspec(settings: Mapping[str, Any], run: RunFacts, kind: str = "") -> dict[str, str]:
@@ -170,7 +175,7 @@ def modelspec(settings: Mapping[str, Any], run: RunFacts, kind: str = "") -> dic
         "implementation_version": IMPLEMENTATION_VERSION,
         "title": settings.get("output_name") or "last",
         "resolution": f"{width}x{height}",
-        "date": datetime.fromtimestamp(int(run.finished_at), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"),
+        "date": datetime.fromtimestamp(int(run.finished_at), UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "prediction_type": run.base.prediction_type,
     }
     described = {
@@ -183,8 +188,8 @@ def modelspec(settings: Mapping[str, Any], run: RunFacts, kind: str = "") -> dic
 def network_hashes(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str]
 ) -> dict[str, str]:
-    """The `sshs_*` fields of a network's file. They are those of the file with its `ss_*` metadata alone, so that
-    adding a title later does not change them.
+    """The `sshs_*` fields of a network's file, where it `stores_metadata`. They are those of the file with its `ss_*`
+    metadata alone, so that adding a title later does not change them.
     """
     own = {name: value for name, value in metadata.items() if name.startswith("ss_")}
     hashes = hash_tensors(tensors, dtype, own)
@@ -204,7 +209,5 @@ def commit_hash() -> str:
         return "(unknown)"
 
 
-def _text(name: str, value: Any) -> str:
-    # without bucketing there is no bucket info, which readers expect as JSON all the same
-    nested = isinstance(value, (dict, list)) or name == "ss_bucket_info"
-    return json.dumps(value) if nested else str(value)
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list, tuple)) else str(value)

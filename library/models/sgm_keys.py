@@ -1,6 +1,6 @@
 """Names of Stable Diffusion's tensors: the original (CompVis, later "SGM") layout <-> Diffusers and transformers.
 
-One table of module pairs per network, used in both directions. The tables are generated from the architecture, so any
+One table of module pairs per network. The tables are generated from the architecture, so any
 number of levels and layers is covered. Architectures are read off the tensor shapes of an original file.
 
 Layouts: the reference implementation at github.com/CompVis/stable-diffusion (`ldm.modules.diffusionmodules`) and the
@@ -77,19 +77,17 @@ class KeyMap:
     def __init__(self, prefix: str, pairs: Pairs, convolved: Iterable[str] = ()):
         self.prefix = prefix
         self._to_original = {ours: original for original, ours in pairs}
-        self._to_ours = {original: ours for ours, original in self._to_original.items()}
         self._convolved = frozenset(convolved)
-        assert len(self._to_ours) == len(self._to_original), "two submodules share one name"
+        assert len(set(self._to_original.values())) == len(self._to_original), "two submodules share one name"
 
     def original(self, name: str) -> str:
         """The full name in an original file of the module's tensor `name`. KeyError if there is no such name."""
-        return self.prefix + _rename(name, self._to_original)
-
-    def ours(self, key: str) -> str:
-        """The module's name of the tensor `key` of an original file. KeyError if there is no such name."""
-        if not key.startswith(self.prefix):
-            raise KeyError(key)
-        return _rename(key[len(self.prefix) :], self._to_ours)
+        head = name
+        while head not in self._to_original:  # the longest leading part that is the name of a submodule
+            head, dot, _ = head.rpartition(".")
+            if not dot:
+                raise KeyError(name)
+        return self.prefix + self._to_original[head] + name[len(head) :]
 
     def original_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape in an original file of the module's tensor `name`, which has `shape` in the module."""
@@ -97,16 +95,6 @@ class KeyMap:
         if parameter == "weight" and module in self._convolved:
             return (*shape, 1, 1)
         return tuple(shape)
-
-
-def _rename(name: str, table: Mapping[str, str]) -> str:
-    """`name` with its longest leading part that is in the table replaced."""
-    head = name
-    while head not in table:
-        head, dot, _ = head.rpartition(".")
-        if not dot:
-            raise KeyError(name)
-    return table[head] + name[len(head) :]
 
 
 def usual_spelling(key: str) -> str:

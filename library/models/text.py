@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from library.transfer import to_device
+
 _VOCABULARY = Path(__file__).parent / "data" / "bpe_simple_vocab_16e6.txt.gz"
 _VOCABULARY_SIZE = 49408
 BEGIN, END = 49406, 49407
@@ -109,5 +111,5 @@ class TextEncoder(nn.Module):
         getattr(self.model, new if hasattr(self.model, new) else old)()
 
     def forward(self, ids: Tensor) -> Tensor:
-        ids = ids.to(self.model.embeddings.token_embedding.weight.device)
+        ids = to_device(ids, self.model.embeddings.token_embedding.weight.device)
         return self.model(input_ids=ids).last_hidden_state

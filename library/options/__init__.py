@@ -1,6 +1,6 @@
 """Every flag, typed: one frozen dataclass per group of options."""
 
-from library.options.base import Option, Settings, option, options_of, parse_key_values
+from library.options.base import Option, Settings, option, options_of
 from library.options.cache import CacheOptions
 from library.options.config import ConfigOptions
 from library.options.dataset import DatasetOptions
@@ -33,5 +33,4 @@ __all__ = [
     "TrainingOptions",
     "option",
     "options_of",
-    "parse_key_values",
 ]

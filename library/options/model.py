@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from library.options.base import option
 
+MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt")
+
 
 @dataclass(frozen=True)
 class ModelOptions:

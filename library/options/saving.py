@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from library.errors import UserError
 from library.options.base import option
 
 
@@ -27,3 +28,12 @@ class SaveOptions:
     save_model_as: str = option(
         "safetensors", "format of saved files", metavar="FORMAT", choices=("ckpt", "pt", "safetensors")
     )
+
+    def __post_init__(self) -> None:
+        if self.output_name and any(separator in self.output_name for separator in "/\\"):
+            raise UserError(f"--output_name: {self.output_name} is a path, give the folder as --output_dir")
+
+    @property
+    def name(self) -> str:
+        """The final file's name without extension."""
+        return self.output_name or "last"

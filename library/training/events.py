@@ -85,13 +85,12 @@ class Preview:
         self.previewer = previewer
 
     def due(self, progress: Progress) -> bool:
-        if self.options.sample_every_n_epochs:
-            return progress.epoch_ended and every(self.options.sample_every_n_epochs, progress.epoch)
-        return every(self.options.sample_every_n_steps, progress.step)
+        by_epochs = progress.epoch_ended and every(self.options.epoch_interval, progress.epoch)
+        return by_epochs or every(self.options.step_interval, progress.step)
 
     def __call__(self, progress: Progress) -> None:
-        by_epoch = bool(self.options.sample_every_n_epochs)
-        self.previewer.paint(progress, f"e{progress.epoch:06d}" if by_epoch else f"{progress.step:06d}")
+        by_epochs = bool(self.options.epoch_interval)
+        self.previewer.paint(progress, f"e{progress.epoch:06d}" if by_epochs else f"{progress.step:06d}")
 
 
 class CheckMovement:
@@ -106,5 +105,4 @@ class CheckMovement:
 
     def __call__(self, progress: Progress) -> None:
         self.done = True
-        if self.movement.observed:
-            self.movement.check()
+        self.movement.check()

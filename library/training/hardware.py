@@ -67,12 +67,16 @@ def judge(hardware: Hardware) -> str | None:
 
 
 def usable_precision(wanted: str, hardware: Hardware) -> tuple[str, str | None]:
-    """The mixed precision to train in ("no", "fp16", "bf16"), and a notice where that is not the wanted one."""
+    """The mixed precision to train in ("no", "fp16", "bf16"), and a notice where that is not the wanted one.
+
+    Raises:
+        UserError: bf16 on a device without it; fp16 in its place would be another training.
+    """
     if wanted == "fp16" and hardware.device == "cpu":
         return "bf16", "--mixed_precision fp16 needs a GPU: training in bf16 on this CPU"
     if wanted == "bf16" and not hardware.bf16:
         name = hardware.card.name if hardware.card else f"this {hardware.device} device"
-        return "fp16", f"--mixed_precision bf16 is not supported by {name}: training in fp16"
+        raise UserError(f"{name} cannot compute in bf16: use --mixed_precision fp16 or no")
     return wanted, None
 
 

@@ -3,15 +3,17 @@
 import secrets
 import time
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
+from torch import nn
 
-from library.console import notice
+from library import console
 from library.data.config import check_resolutions
 from library.data.dataset import ImageDataset, make_loader
 from library.data.plan import PlanSampler, RunPlan
-from library.data.records import scan
-from library.models.family import inspect_model, load_model
+from library.data.records import RecordTable, scan
+from library.models.family import inspect_model
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.loader import LoaderOptions
@@ -24,9 +26,9 @@ from library.options.saving import SaveOptions
 from library.options.training import TrainingOptions
 from library.training import events, precision, tracking
 from library.training.hardware import settle_precision
-from library.training.methods.base import Method
+from library.training.methods.base import Method, ParameterGroup
 from library.training.movement import Movement
-from library.training.optimizers import make_optimizer
+from library.training.optimizers import check_optimizer, make_optimizer
 from library.training.preflight import Plans
 from library.training.preparation import prepare_latents
 from library.training.previews import Previewer
@@ -37,7 +39,7 @@ from library.training.schedulers import make_scheduler
 from library.training.state import Progress
 from library.training.step import TrainingStep
 from library.training.stepper import Stepper
-from library.training.trainer import train
+from library.training.trainer import seed_generators, train
 
 
 def launch(settings: Settings, plans: Plans, method: Method) -> None:
@@ -45,58 +47,50 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
     training, model_file = settings[TrainingOptions], settings[ModelOptions].pretrained_model_name_or_path
     info = inspect_model(model_file)
     check_resolutions(plans.datasets, info.latents.step)
+    check_optimizer(settings[OptimizerOptions])
 
     # Records and plan: what every step will see.
     accelerator, formats = make_accelerator(settings)
     seed = settle_seed(training.seed, accelerator)
-    table = scan(plans.datasets)
-    plan = RunPlan(
-        table,
-        plans.datasets,
-        seed=seed,
-        accumulation=training.gradient_accumulation_steps,
-        world=accelerator.num_processes,
-        rank=accelerator.process_index,
-    )
+    table, plan = plan_run(training, plans, seed, accelerator)
     total_steps = training.total_steps(plan.steps_per_epoch)
     progress = Progress(total_steps, total_epochs=-(-total_steps // plan.steps_per_epoch))
 
     # Model, caches, and what is trained.
-    model = load_model(model_file, formats.frozen, accelerator.device, vae_dtype=formats.vae)
+    model = info.load(formats.frozen, accelerator.device, formats.vae)
     latents = prepare_latents(settings[CacheOptions], model, table, plans.datasets)
-    trained = method.build(model)
+    seed_generators(seed, "first weights")
+    step = TrainingStep(model, method.build(model), model.noise_process())
     groups = method.parameter_groups()
+    train_only(step, groups)
     if settings[PrecisionOptions].gradient_checkpointing:
         model.enable_gradient_checkpointing(unet=True, text_encoders=method.trains_text_encoder())
+        method.enable_gradient_checkpointing()
 
     # What moves it.
     optimizer = make_optimizer(settings[OptimizerOptions], groups)
     scheduler = make_scheduler(settings[OptimizerOptions], optimizer, total_steps)
     movement = Movement(groups, optimizer)
-    root, prepared = accelerator.prepare(TrainingStep(model, trained, model.noise_process()), optimizer)
+    root, prepared = accelerator.prepare(step, optimizer)
+    if latents is not None:
+        model.vae.to("cpu")  # needed for previews only, which bring it back
     names = [group.name for group in groups]
     stepper = Stepper(accelerator, root, prepared, scheduler, names, settings[OptimizerOptions].clip_norm)
 
     # What it is fed with, and what happens besides.
     dataset = ImageDataset(table, plans.datasets, latents, prior_loss_weight=training.prior_loss_weight)
-    loader_options = settings[LoaderOptions]
     sampler = PlanSampler(plan, progress.step, total_steps)
-    loader = make_loader(dataset, sampler, loader_options.workers, loader_options.persistent_data_loader_workers)
-    accelerator.print(before_training(table, plans.datasets, plan, progress, groups, accelerator))
-    provenance = Provenance(settings, seed, info, model.noise_process(), table, plans.datasets, plan, optimizer)
-    tracker = tracking.start(settings[LogOptions], accelerator, progress)
-    saver = Saver(settings[SaveOptions], plans.output_dir, method, trained, formats.saved, provenance, accelerator)
-    previewer = Previewer(
-        settings[PreviewOptions],
-        plans.prompts,
-        plans.output_dir / "sample",
-        settings[SaveOptions].output_name or "last",
-        model,
-        trained,
-        method,
-        tracker,
-        accelerator,
+    loader = make_loader(
+        dataset, sampler, settings[LoaderOptions].workers, pin_memory=accelerator.device.type == "cuda"
     )
+    accelerator.print(before_training(table, plans.datasets, plan, progress, groups, accelerator))
+    provenance = Provenance(
+        method, settings, seed, formats.mixed, info, model.noise_process(), table, plans.datasets, plan, optimizer
+    )
+    tracker = tracking.start(settings[LogOptions], method.log_name, accelerator, progress)
+    target = plans.output_dir / settings[SaveOptions].name
+    saver = Saver(settings[SaveOptions], target, method, step, formats.saved, provenance, tracker, accelerator)
+    previewer = Previewer(settings[PreviewOptions], plans.prompts, target, method, step, tracker, accelerator)
     schedule = events.Schedule(
         [
             events.CheckMovement(movement),
@@ -120,20 +114,52 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
-    accelerator.print(after_training(movement))
+    accelerator.print(after_training(movement, loader.left_out))
+    # Nobody leaves while the first process writes; and Gloo hangs if it is taken down while its threads are busy.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def make_accelerator(settings: Settings) -> tuple[Accelerator, precision.Precision]:
     """The processes and the device, with the precision that they can train in."""
     folder = tracking.log_folder(settings[LogOptions], time.localtime())
     wanted = settings[PrecisionOptions].mixed_precision
-    mixed = settle_precision(wanted, Accelerator(mixed_precision="no").device)
+    # accelerate must be told that there is nothing but the CPU: else two processes there never learn of each other
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    mixed = settle_precision(wanted, PartialState(cpu).device)
     accelerator = Accelerator(
+        cpu=cpu,
         mixed_precision=mixed,
         log_with="tensorboard" if folder else None,
         project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # buffers are constants here
     )
+    console.setup(folder and folder / "messages.log")
     return accelerator, precision.choose(settings[PrecisionOptions], settings[SaveOptions], mixed)
+
+
+def plan_run(
+    training: TrainingOptions, plans: Plans, seed: int, accelerator: Accelerator
+) -> tuple[RecordTable, RunPlan]:
+    """What there is to train on, and which of it every step of this process sees."""
+    table = scan(plans.datasets)
+    plan = RunPlan(
+        table,
+        plans.datasets,
+        seed=seed,
+        accumulation=training.gradient_accumulation_steps,
+        world=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    return table, plan
+
+
+def train_only(step: nn.Module, groups: list[ParameterGroup]) -> None:
+    """Ask for gradients of what the optimizer will move and of nothing else."""
+    step.requires_grad_(False)
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.requires_grad_(True)
 
 
 def settle_seed(wanted: int | None, accelerator: Accelerator) -> int:
@@ -141,5 +167,5 @@ def settle_seed(wanted: int | None, accelerator: Accelerator) -> int:
     if wanted is not None:
         return wanted
     drawn = broadcast_object_list([secrets.randbelow(2**32)])[0]
-    notice(f"no --seed was given, this run's is {drawn}")
+    console.notice(f"no --seed was given, this run's is {drawn}")
     return drawn

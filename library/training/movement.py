@@ -10,6 +10,7 @@ from library.training.methods.base import ParameterGroup
 
 _SAMPLED = 4096  # values watched of each parameter, spread evenly
 _STEPS = 3  # a fresh LoRA's lower factor gets its first gradient in the second step
+_PATIENCE = 30  # steps in which nothing at all may get a gradient: their images may be unreadable or of weight 0
 
 
 class Movement:
@@ -18,32 +19,41 @@ class Movement:
     def __init__(self, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer):
         self.groups = groups
         self.start = [[_sample(parameter) for parameter in group.parameters] for group in groups]
+        self.taken = 0
         self.steps = [0] * len(groups)  # with a learning rate above 0
         self.largest: list[Tensor | float] = [0.0] * len(groups)
         self._hook = optimizer.register_step_pre_hook(self._observe)
 
     def _observe(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.taken += 1
         for i, group in enumerate(optimizer.param_groups):
             if group["lr"] > 0:
                 self.steps[i] += 1
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self.largest[i] = parameter.grad.abs().amax().clamp_min(self.largest[i])
-        if self.observed:
-            self._hook.remove()
 
     @property
     def observed(self) -> bool:
-        """Whether every group has had the steps it takes to judge it."""
-        return min(self.steps) >= _STEPS
+        """Whether every group that is to move has had the steps it takes to judge it."""
+        steps = min((count for count in self.steps if count), default=0)
+        return steps >= _STEPS and (steps >= _PATIENCE or any(float(largest) != 0 for largest in self.largest))
 
     def check(self) -> None:
-        """UserError naming the groups whose gradients stayed zero although their learning rate was not."""
-        still = [group.name for group, largest in zip(self.groups, self.largest, strict=True) if float(largest) == 0]
+        """End watching. UserError naming groups whose gradients stayed zero although their learning rate did not."""
+        self._hook.remove()
+        if not self.taken:
+            raise UserError(
+                "no step could be taken, because all gradients overflowed: use --mixed_precision bf16, or "
+                "--no_half_vae if the model's autoencoder overflows in half precision"
+            )
+        watched = zip(self.groups, self.steps, self.largest, strict=True)
+        still = [group.name for group, steps, largest in watched if steps >= _STEPS and float(largest) == 0]
         if still:
             raise UserError(
-                f"the parameters of {' and '.join(still)} get no gradient in the first {_STEPS} steps and would not be "
-                "trained: set their learning rate to 0 if that is meant, or look at what the network is attached to"
+                f"the parameters of {' and '.join(still)} get no gradient in the first {max(self.steps)} steps and "
+                "would not be trained: set their learning rate to 0 if that is meant, or look at what the network is "
+                "attached to"
             )
 
     def relative_changes(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from library.errors import UserError, suggest
 from library.options.optimizer import OptimizerOptions
@@ -18,7 +19,15 @@ def make_optimizer(options: OptimizerOptions, groups: list[ParameterGroup]) -> t
     """The optimizer of --optimizer_type over the groups, in their order, each with its own learning rate."""
     kind = CLASSES[options.optimizer]
     keywords = literal_keywords(kind, options.optimizer_keywords)
-    return kind([{"params": group.parameters, "lr": group.learning_rate} for group in groups], **keywords)
+    try:
+        return kind([{"params": group.parameters, "lr": group.learning_rate} for group in groups], **keywords)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--optimizer_args: {kind.__name__} refuses them: {error}") from error
+
+
+def check_optimizer(options: OptimizerOptions) -> None:
+    """UserError for arguments that the optimizer does not take, before anything is loaded for it."""
+    make_optimizer(options, [ParameterGroup("", [nn.Parameter(torch.zeros(1))], options.learning_rate)])
 
 
 def literal_keywords(kind: type, keywords: Mapping[str, str]) -> dict[str, Any]:

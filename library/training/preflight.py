@@ -9,7 +9,8 @@ from library.errors import UserError, suggest_path
 from library.generation.prompts import PromptLine, read_prompts
 from library.options.base import Settings
 from library.options.dataset import DatasetOptions
-from library.options.model import ModelOptions
+from library.options.logging import LogOptions
+from library.options.model import MODEL_SUFFIXES, ModelOptions
 from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
 
@@ -26,9 +27,13 @@ class Plans:
 def check(settings: Settings) -> Plans:
     """UserError for the first mistake found in the settings and the files they name."""
     check_model(settings[ModelOptions].pretrained_model_name_or_path)
-    output_dir = check_output_dir(settings[SaveOptions].output_dir)
     datasets = load_datasets(settings[DatasetOptions], settings.given)
-    return Plans(datasets, output_dir, check_prompts(settings[PreviewOptions]))
+    prompts = check_prompts(settings[PreviewOptions])
+    if settings[LogOptions].logging_dir is not None:
+        make_writable("--logging_dir", settings[LogOptions].logging_dir)
+    if settings[SaveOptions].output_dir is None:
+        raise UserError("nowhere to save: give --output_dir a folder")
+    return Plans(datasets, make_writable("--output_dir", settings[SaveOptions].output_dir), prompts)
 
 
 def check_model(path: str | None) -> None:
@@ -38,13 +43,11 @@ def check_model(path: str | None) -> None:
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder, but --pretrained_model_name_or_path takes a .safetensors or .ckpt file")
     if not os.path.isfile(path):
-        raise UserError(f"{path}: there is no such model file{suggest_path(Path(path))}")
+        raise UserError(f"{path}: there is no such model file{suggest_path(Path(path), MODEL_SUFFIXES)}")
 
 
-def check_output_dir(name: str | None) -> Path:
-    """Make the output folder and try to write into it."""
-    if name is None:
-        raise UserError("nowhere to save: give --output_dir a folder")
+def make_writable(flag: str, name: str) -> Path:
+    """Make a folder that is written to later, and try it."""
     folder = Path(name)
     probe = folder / f".writable-{os.getpid()}"
     try:
@@ -52,7 +55,7 @@ def check_output_dir(name: str | None) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output_dir: {folder} cannot be written to ({error.strerror})") from error
+        raise UserError(f"{flag}: {folder} cannot be written to ({error.strerror})") from error
     return folder
 
 

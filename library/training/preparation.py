@@ -15,14 +15,12 @@ from library.options.cache import CacheOptions
 def prepare_latents(
     options: CacheOptions, model: Family, table: RecordTable, datasets: Sequence[DatasetConfig]
 ) -> LatentsCache | None:
-    """With --cache_latents, encode every image once and send the autoencoder off the device."""
+    """With --cache_latents, encode every image once; the autoencoder is then needed for previews only."""
     if not options.cache_latents:
         return None
-    cache = cache_latents(
+    return cache_latents(
         table,
         datasets,
         lambda images, seeds: model.encode_images(images, seeds).cpu(),
         batch_size=options.vae_batch_size,
     )
-    model.vae.to("cpu")
-    return cache

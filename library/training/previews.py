@@ -2,45 +2,43 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import nn
 
 from library.console import warn
 from library.generation.paint import evaluating, paint
 from library.generation.prompts import PromptLine
-from library.models.family import Family
 from library.options.preview import PreviewOptions
 from library.randomness import address
 from library.training.methods.base import Method
 from library.training.placement import on_device
 from library.training.state import Progress
+from library.training.step import TrainingStep
 from library.training.tracking import Tracker
 
 
 class Previewer:
-    """Paints the prompts of --sample_prompts into `<output_dir>/sample` and the log, and leaves the run as it was."""
+    """Paints the prompts of --sample_prompts into the log and a folder `sample` beside `target`, and moves nothing."""
 
     def __init__(
         self,
         options: PreviewOptions,
-        prompts: list[PromptLine],
-        folder: Path,
-        name: str,
-        model: Family,
-        trained: nn.Module,
+        prompts: Sequence[PromptLine],
+        target: Path,
         method: Method,
+        step: TrainingStep,
         tracker: Tracker,
         accelerator: Accelerator,
     ):
         self.options = options
         self.requests = [with_seed(prompt, number) for number, prompt in enumerate(prompts)]
-        self.folder = folder
-        self.name = name
-        self.model = model
-        self.trained = trained
+        self.folder = target.parent / "sample"
+        self.name = target.name
         self.method = method
+        self.model = step.model
+        self.trained = step.trained
         self.tracker = tracker
         self.accelerator = accelerator
 

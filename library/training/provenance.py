@@ -12,10 +12,10 @@ from library.data.plan import RunPlan
 from library.data.records import RecordTable
 from library.data.summary import dataset_metadata
 from library.models.family import ModelInfo
-from library.models.metadata import BaseModel, RunFacts, network_metadata
+from library.models.metadata import BaseModel, RunFacts
 from library.models.noise import NoiseProcess
 from library.options.base import Settings
-from library.options.network import NetworkOptions
+from library.training.methods.base import Method
 from library.training.state import Progress
 
 
@@ -24,8 +24,10 @@ class Provenance:
 
     def __init__(
         self,
+        method: Method,
         settings: Settings,
         seed: int,
+        mixed_precision: str,
         info: ModelInfo,
         noise: NoiseProcess,
         table: RecordTable,
@@ -33,19 +35,10 @@ class Provenance:
         plan: RunPlan,
         optimizer: torch.optim.Optimizer,
     ):
-        network = settings[NetworkOptions]
-        self.settings = settings.flat() | {
-            "seed": seed,
-            "network_dim": network.rank,
-            "network_args": network.network_keywords,
-        }
-        self.base = BaseModel(
-            name=Path(info.path).name,
-            version=info.family.base_model_version,
-            architecture=info.family.architecture,
-            prediction_type=noise.prediction_type,
-            hashes=info.hashes,
-        )
+        self.method = method
+        self.settings = settings.flat() | {"seed": seed, "mixed_precision": mixed_precision}
+        self.info = info
+        self.prediction_type = noise.prediction_type
         self.datasets = datasets
         self.dataset_fields = dataset_metadata(table, datasets, plan)
         self.world = plan.world
@@ -56,8 +49,15 @@ class Provenance:
 
     def __call__(self, progress: Progress) -> dict[str, str]:
         batch_sizes = [dataset.batch_size for dataset in self.datasets]
+        base = BaseModel(
+            name=Path(self.info.path).name,
+            version=self.info.family.base_model_version,
+            architecture=self.info.family.architecture,
+            prediction_type=self.prediction_type,
+            hashes=self.info.hashes,
+        )
         facts = RunFacts(
-            base=self.base,
+            base=base,
             datasets=self.dataset_fields,
             resolution=self.datasets[0].resolution,
             optimizer=self.optimizer,
@@ -70,4 +70,4 @@ class Provenance:
             num_epochs=progress.total_epochs,
             total_batch_size=max(batch_sizes) * self.world * self.settings["gradient_accumulation_steps"],
         )
-        return network_metadata(self.settings, facts)
+        return self.method.metadata(self.settings, facts)

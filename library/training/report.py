@@ -35,7 +35,10 @@ def before_training(
     return "\n".join([*lines, ""])
 
 
-def after_training(movement: Movement) -> str:
-    """How far each group has come."""
+def after_training(movement: Movement, left_out: int) -> str:
+    """How far each group has come, and how many images were left out."""
     changes = movement.relative_changes().items()
-    return "\n".join(f"{name}: weights changed by {change:.2%} of their size" for name, change in changes)
+    lines = [f"{name}: weights changed by {change:.2%} of their size" for name, change in changes]
+    if left_out:
+        lines.append(f"images that could not be decoded and were not trained on: {left_out}")
+    return "\n".join(lines)

@@ -13,29 +13,35 @@ from library.errors import UserError
 from library.options.saving import SaveOptions
 from library.training.methods.base import Method
 from library.training.state import Progress
+from library.training.step import TrainingStep
+from library.training.tracking import Tracker
 
 Describe = Callable[[Progress], Mapping[str, str]]
 
 
 class Saver:
-    """Writes the trained part under its numbered and its final name. `describe` gives a file's metadata."""
+    """Writes the trained part under numbered names beside `target`, and at last under that. `describe` gives a file's
+    metadata.
+    """
 
     def __init__(
         self,
         options: SaveOptions,
-        folder: Path,
+        target: Path,
         method: Method,
-        trained: nn.Module,
+        step: TrainingStep,
         dtype: torch.dtype,
         describe: Describe,
+        tracker: Tracker,
         accelerator: Accelerator,
     ):
         self.options = options
-        self.folder = folder
+        self.target = target
         self.method = method
-        self.trained = trained
+        self.trained = step.trained
         self.dtype = dtype
         self.describe = describe
+        self.tracker = tracker
         self.accelerator = accelerator
 
     def save_step(self, progress: Progress) -> None:
@@ -45,12 +51,13 @@ class Saver:
         self._save(f"{self.options.output_name or 'epoch'}-{progress.epoch:06d}", progress)
 
     def save_final(self, progress: Progress) -> None:
-        self._save(self.options.output_name or "last", progress)
+        self._save(self.target.name, progress)
 
     def _save(self, stem: str, progress: Progress) -> None:
         if not self.accelerator.is_main_process:
             return
-        path = self.folder / f"{stem}.{self.options.save_model_as}"
+        path = self.target.with_name(f"{stem}.{self.options.save_model_as}")
+        self.tracker.require_finite_losses()
         with self.method.published_weights():
             if not all_finite(self.trained):
                 raise UserError(

@@ -7,6 +7,7 @@ from library.data.dataset import Batch
 from library.models.family import Family
 from library.models.noise import NoiseProcess, sample_noise
 from library.training.objective import squared_error
+from library.transfer import to_device
 
 
 class TrainingStep(nn.Module):
@@ -25,8 +26,8 @@ class TrainingStep(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """(B,) float32: each sample's loss times its weight."""
         latents = self.latents_of(batch)
-        timesteps = self.noise.sample_timesteps(batch.seeds).to(latents.device)
-        noise = sample_noise(latents.shape[1:], batch.seeds).to(latents.device)
+        timesteps = to_device(self.noise.sample_timesteps(batch.seeds), latents.device)
+        noise = to_device(sample_noise(latents.shape[1:], batch.seeds), latents.device)
         return self.losses(batch, latents, noise, timesteps)
 
     def losses(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Eyes on the run: the progress bar and the log."""
 
+import math
+import statistics
 import time
 from collections import deque
 from pathlib import Path
@@ -12,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.data.plan import BatchPlan
+from library.errors import UserError
 from library.options.logging import LogOptions
 from library.training.state import Progress
 from library.training.stepper import StepInfo
 
-DEFAULT_NAME = "network_train"
 _WINDOW = 100  # steps that the average loss looks back
 
 
@@ -27,10 +29,10 @@ def log_folder(options: LogOptions, now: time.struct_time) -> Path | None:
     return Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S', now)}"
 
 
-def start(options: LogOptions, accelerator: Accelerator, progress: Progress) -> "Tracker":
+def start(options: LogOptions, name: str, accelerator: Accelerator, progress: Progress) -> "Tracker":
     """Open the log, if there is to be one, and the progress bar."""
     if options.logging_dir is not None:
-        accelerator.init_trackers(options.log_tracker_name or DEFAULT_NAME)
+        accelerator.init_trackers(options.log_tracker_name or name)
     return Tracker(accelerator, progress)
 
 
@@ -38,7 +40,7 @@ class LaggedCopy:
     """A device tensor on its way to the CPU: read one step later, so that reading never waits for the device."""
 
     def __init__(self, tensor: Tensor):
-        self.host = tensor.detach().to("cpu", non_blocking=True)
+        self.host = tensor.detach().to("cpu", non_blocking=tensor.is_cuda)
         self.arrived = None
         if tensor.is_cuda:
             self.arrived = torch.cuda.Event()
@@ -67,11 +69,13 @@ class Tracker:
             dynamic_ncols=True,
             smoothing=0.1,
         )
-        self.started = time.monotonic()
-        self.images_before = progress.images
+        self.speeds: deque[float] = deque(maxlen=_WINDOW)  # images per second of each step
+        self.last_step = time.monotonic()
+        self.not_finite: int | None = None  # the first step whose loss was not
 
     def add(self, losses: Tensor, plan: BatchPlan) -> None:
         """A micro-batch's losses (B,)."""
+        self.images_in_step = plan.images_in_step
         share = losses.detach().sum() / plan.images_in_step
         self.loss = share if self.loss is None else self.loss + share
 
@@ -79,16 +83,27 @@ class Tracker:
         """The end of an optimizer step: show the step before, and keep this one for the next time."""
         loss = self.accelerator.reduce(self.loss, "sum")
         self.loss = None
+        now = time.monotonic()
+        self.speeds.append(self.images_in_step / max(now - self.last_step, 1e-9))
+        self.last_step = now
         self._show()
         values = LaggedCopy(torch.stack([loss.float(), info.gradient_norm.float().to(loss.device)]))
         self.pending = (values, info, Progress(**vars(progress)))
         self.bar.update(1)
 
     def finish(self, progress: Progress) -> None:
-        """Show the last step and close the log."""
+        """Show and log the last step."""
         self._show()
         self.bar.close()
-        self.accelerator.end_training()
+
+    def require_finite_losses(self) -> None:
+        """UserError if a loss was NaN or infinite, the last step's included."""
+        self._show()
+        if self.not_finite is not None:
+            raise UserError(
+                f"the loss is not finite since step {self.not_finite}, so nothing is saved: lower the learning rate, "
+                "or use --no_half_vae or another --mixed_precision if it was so from the start"
+            )
 
     def _show(self) -> None:
         if self.pending is None:
@@ -97,8 +112,10 @@ class Tracker:
         self.pending = None
         loss, norm = values.read()
         self.recent.append(loss)
+        if self.not_finite is None and not math.isfinite(loss):
+            self.not_finite = progress.step
         average = sum(self.recent) / len(self.recent)
-        speed = (progress.images - self.images_before) / max(time.monotonic() - self.started, 1e-9)
+        speed = statistics.median(self.speeds)  # unmoved by the steps after which something was painted or saved
         rate = max(info.rates.values())
         self.bar.set_postfix_str(
             f"loss {average:.4f}, lr {rate:.2e}, {speed:.1f} images/s, {used_memory()}", refresh=False
@@ -115,7 +132,7 @@ class Tracker:
 
 
 def used_memory() -> str:
-    """The most memory this process has held: the device's where there is one, else its own."""
+    """The most device memory this process has held, or without a GPU its own memory now."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GB"
     import psutil

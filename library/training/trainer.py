@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from library.data.dataset import Batch
-from library.data.plan import BatchPlan
 from library.randomness import address
 from library.training.events import Schedule
 from library.training.methods.base import Method
@@ -36,7 +35,8 @@ def train(
     schedule.start(progress)
     for batch in loader:
         plan = batch.plan
-        seed_generators(seed, plan, plan.micro * world + rank)
+        # counted over all processes, so that two of them draw what one draws with twice the accumulation
+        seed_generators(seed, "micro-batch", plan.epoch, plan.step, plan.micro * world + rank)
         method.on_micro_step(plan)
         with stepper.micro_step(plan):
             losses = root(batch.to(device))
@@ -52,13 +52,9 @@ def train(
     schedule.finish(progress)
 
 
-def seed_generators(seed: int, plan: BatchPlan, slot: int) -> None:
-    """Give the global generators (dropout, networks of other people) the address of a micro-batch.
-
-    `slot` counts the micro-batches of a step over all processes, so two processes draw what one draws with twice the
-    accumulation.
-    """
-    value = address(seed, "micro-batch", plan.epoch, plan.step, slot)
+def seed_generators(*parts: int | str) -> None:
+    """Give the global generators (first weights, dropout, networks of other people) the address of a choice."""
+    value = address(*parts)
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)

@@ -5,12 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from library.data.plan import BatchPlan
 from library.models.family import Family
+from library.models.metadata import RunFacts
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class ParameterGroup:
 class Method(ABC):
     """What is trained, and what a finished file of it holds. Hooks do nothing unless a method needs them."""
 
+    log_name: str  # default name of the run in the log
+
     @abstractmethod
     def build(self, model: Family) -> nn.Module:
         """Freeze what is not trained and return the module that holds what is. Called once, before everything below."""
@@ -37,9 +41,16 @@ class Method(ABC):
     def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         """Write the trained part as users load it. The file appears under its name only when it is whole."""
 
+    @abstractmethod
+    def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
+        """What a file of it tells about itself; `settings` are the flags' effective values by name."""
+
     def trains_text_encoder(self) -> bool:
         """Whether gradients pass through a text encoder."""
         return True
+
+    def enable_gradient_checkpointing(self) -> None:  # noqa: B027
+        """Called where --gradient_checkpointing is set, after the model's own is on."""
 
     def on_micro_step(self, plan: BatchPlan) -> None:  # noqa: B027
         """Called before every micro-batch."""

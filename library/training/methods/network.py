@@ -6,18 +6,21 @@ the model only through its attach points.
 
 import importlib
 import inspect
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from library.data.plan import BatchPlan
 from library.errors import UserError
-from library.models.checkpoint import open_weights, write_tensors
+from library.models.checkpoint import open_weights, stores_metadata, write_tensors
 from library.models.family import AttachPoints, Family
-from library.models.metadata import network_hashes
+from library.models.metadata import RunFacts, network_hashes, network_metadata
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
 from library.training.methods.base import Method, ParameterGroup
@@ -26,8 +29,11 @@ from library.training.methods.base import Method, ParameterGroup
 class NetworkMethod(Method):
     """Trains what --network_module creates."""
 
+    log_name = "network_train"
+
     def __init__(self, options: NetworkOptions, optimizer: OptimizerOptions):
         self.options = options
+        self.module = import_network_module(options.network_module)
         self.default_rate = optimizer.learning_rate
         self.network: nn.Module
         self.points: AttachPoints
@@ -37,11 +43,10 @@ class NetworkMethod(Method):
         model.requires_grad_(False)
         self.points = model.attach_points()
         text_encoders = self._text_encoders()
-        module = import_network_module(self.options.network_module)
         keywords = dict(self.options.network_keywords)
         keywords.setdefault("dropout", self.options.network_dropout)
         try:
-            self.network = module.create_network(
+            self.network = self.module.create_network(
                 1.0,
                 self.options.rank,
                 self.options.network_alpha,
@@ -51,7 +56,7 @@ class NetworkMethod(Method):
                 neuron_dropout=self.options.network_dropout,
                 **keywords,
             )
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"--network_args: {self.options.network_module} refuses them: {error}") from error
         self.network.apply_to(text_encoders, self.points.unet, self.trains_text_encoder(), self._trains_unet())
         self.network.prepare_grad_etc(text_encoders, self.points.unet)
@@ -86,6 +91,9 @@ class NetworkMethod(Method):
         encoders = self.points.text_encoders
         return encoders[0] if len(encoders) == 1 else encoders
 
+    def enable_gradient_checkpointing(self) -> None:
+        self.network.enable_gradient_checkpointing()
+
     def on_micro_step(self, plan: BatchPlan) -> None:
         if plan.epoch != self.epoch:
             self.epoch = plan.epoch
@@ -95,25 +103,33 @@ class NetworkMethod(Method):
 
     def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         """The network writes its file aside, for what it puts there is its own affair; ours is hashed and whole."""
-        draft = path.with_name(f".{path.stem}.network{path.suffix}")
         try:
-            self.network.save_weights(str(draft), dtype, None)
-            with open_weights(draft) as file:
-                tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118
-            write_tensors(path, tensors, None, {**metadata, **network_hashes(tensors, None, metadata)})
-        finally:
-            draft.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
+                draft = Path(folder) / f"network{path.suffix}"
+                self.network.save_weights(str(draft), dtype, None)
+                with open_weights(draft) as file:
+                    tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be written: {error}") from error
+        if stores_metadata(path):
+            metadata = {**metadata, **network_hashes(tensors, None, metadata)}
+        write_tensors(path, tensors, None, metadata)
+
+    def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
+        own = {"network_dim": self.options.rank, "network_args": self.options.network_keywords}
+        return network_metadata({**settings, **own}, facts)
 
 
-def import_network_module(name: str) -> ModuleType:
+def import_network_module(name: str | None) -> ModuleType:
     """The module of --network_module. UserError if it is missing or is no network module."""
+    if not name:
+        raise UserError("no network to train: give --network_module one, such as networks.lora")
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise UserError(
-                f"--network_module {name} needs the package {error.name}: pip install {error.name}"
-            ) from error
+    except (ModuleNotFoundError, TypeError) as error:  # a TypeError is a name that starts with a dot
+        missing = getattr(error, "name", None) or name
+        if not name.startswith(missing):
+            raise UserError(f"--network_module {name} needs the package {missing}: pip install {missing}") from error
         raise UserError(f"--network_module: there is no module {name} (LoRA is networks.lora)") from error
     if not inspect.isfunction(getattr(module, "create_network", None)):
         raise UserError(f"--network_module {name} is no network module: it has no function create_network")

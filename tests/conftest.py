@@ -1,0 +1,98 @@
+"""What tests of several files share: a quiet console, a tiny model file, drawn pictures, and the training script.
+
+Heavy packages are imported inside the fixtures, for the sake of the tests that need none of them.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from library import cli, console
+
+Flags = Callable[..., list[str]]
+Train = Callable[[Sequence[str]], None]
+
+
+@pytest.fixture
+def fresh_console(monkeypatch) -> Iterator[None]:
+    """Nothing said yet, no log file, and this process the first one."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    console.setup(None)
+    yield
+    console.setup(None)
+    logging.captureWarnings(False)
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory) -> Path:
+    """A model for sizes that are multiples of 4. Not to be written to, as all that lasts a session."""
+    from tests import tiny
+
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    tiny.save_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A --train_data_dir of six pictures that are used once per epoch."""
+    from tests import tiny
+
+    return tiny.draw_pictures(tmp_path_factory.mktemp("pictures") / "1_sks shape", 6).parent
+
+
+@pytest.fixture(scope="session")
+def flags(model_file, pictures) -> Flags:
+    """`flags(output_dir, **changes)`: the words of a short float32 run with seed 1 and batches of 2.
+
+    Changes replace and add flags: True is a flag without a value, a tuple one with several, None leaves one out.
+    """
+
+    def make(output_dir: Path, **changes: object) -> list[str]:
+        values: dict[str, object] = {
+            "pretrained_model_name_or_path": model_file,
+            "train_data_dir": pictures,
+            "caption_extension": ".txt",
+            "resolution": 32,
+            "train_batch_size": 2,
+            "max_data_loader_n_workers": 0,
+            "network_module": "networks.lora",
+            "learning_rate": 0.01,
+            "max_train_steps": 4,
+            "seed": 1,
+            "output_dir": output_dir,
+            "output_name": "run",
+        } | changes
+        words = []
+        for name, value in values.items():
+            if value is not None:
+                several = value if isinstance(value, tuple) else () if value is True else (value,)
+                words += [f"--{name}", *map(str, several)]
+        return words
+
+    return make
+
+
+@pytest.fixture
+def train(monkeypatch, fresh_console) -> Iterator[Train]:
+    """`train(words)`: train_network.py in this process, on the CPU; mistakes are SystemExit with code 2."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train_network
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def run(words: Sequence[str]) -> None:
+        forget()
+        monkeypatch.setattr(sys, "argv", ["train_network.py", *words])
+        cli.run(train_network.main)
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield run
+    forget()

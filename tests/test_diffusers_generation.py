@@ -1,0 +1,85 @@
+"""A LoRA trained here paints in Diffusers' own pipeline what it paints here."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from library.generation.paint import paint
+from library.generation.prompts import PromptLine
+from library.generation.samplers import make_scheduler
+from library.models.family import load_model
+from library.models.text import clip_tokenizer
+from networks.lora import create_network_from_weights
+
+REQUEST = PromptLine("sks, a red circle", "blue", width=32, height=48, seed=3, scale=5.0, sample_steps=6)
+
+
+@pytest.fixture(scope="module")
+def model(model_file):
+    return load_model(model_file)
+
+
+@pytest.fixture
+def pipeline(model_file):
+    """Diffusers' pipeline around the modules of a model of its own."""
+    model = load_model(model_file)
+    tokenizer = clip_tokenizer()
+    tokenizer.model_max_length = 77
+    with warnings.catch_warnings(action="ignore"):
+        pipeline = StableDiffusionPipeline(
+            vae=model.vae,
+            text_encoder=model.text_encoders[0].model,
+            tokenizer=tokenizer,
+            unet=model.unet,
+            scheduler=make_scheduler("ddim", model.noise_process()),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pixels(picture) -> np.ndarray:
+    return np.asarray(picture).astype(int)
+
+
+def picture_of(pipeline, request: PromptLine) -> np.ndarray:
+    return pixels(
+        pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.sample_steps,
+            guidance_scale=request.scale,
+            generator=torch.Generator().manual_seed(request.seed),
+        ).images[0]
+    )
+
+
+@pytest.mark.parametrize(("precision", "alpha"), [("float", 4), ("fp16", 1)])
+def test_a_trained_lora_paints_the_same_in_diffusers(train, flags, tmp_path, model, pipeline, precision, alpha):
+    train(flags(tmp_path, save_precision=precision, network_alpha=alpha, learning_rate=0.05, max_train_steps=10))
+    file = tmp_path / "run.safetensors"
+    plain = pixels(paint(model, REQUEST))
+    text_encoder, unet = model.attach_points().text_encoders[0], model.attach_points().unet
+    network, weights = create_network_from_weights(1.0, file, None, text_encoder, unet)
+    network.apply_to(text_encoder, unet)
+    network.load_state_dict(weights)
+    ours = pixels(paint(model, REQUEST))
+    network.set_multiplier(0)
+
+    pipeline.load_lora_weights(file)
+    theirs = picture_of(pipeline, REQUEST)
+    assert np.abs(ours - plain).mean() > 4, "the LoRA must be seen for its picture to be compared"
+    assert np.abs(ours - theirs).mean() < 0.2
+
+
+def test_without_the_lora_the_pictures_agree_too(model, pipeline):
+    request = dataclasses.replace(REQUEST, negative_prompt=None)
+    assert np.abs(pixels(paint(model, request)) - picture_of(pipeline, request)).mean() < 0.2

@@ -1,0 +1,136 @@
+"""A network module of somebody else, which has the required interface and nothing more, in a training run."""
+
+import importlib
+import sys
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+MODULE = '''
+"""Learns a factor for the output of every query projection. Says what is done to it in `said`."""
+
+import torch
+from safetensors.torch import save_file
+
+said = []
+
+
+class Factors(torch.nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+        self.factors = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(1)) for name in layers})
+
+    def apply_to(self, text_encoder, unet, apply_text_encoder=True, apply_unet=True):
+        said.append(("apply_to", apply_text_encoder, apply_unet))
+        for name, layer in self.layers.items():
+            layer.forward = lambda x, name=name, forward=layer.forward: forward(x) * self.factors[name]
+
+    def prepare_optimizer_params(self, text_encoder_lr, unet_lr, default_lr):
+        said.append(("prepare_optimizer_params", text_encoder_lr, unet_lr, default_lr))
+        return [{"params": list(self.factors.values()), "lr": default_lr}]
+
+    def prepare_grad_etc(self, text_encoder, unet):
+        self.requires_grad_(True)
+
+    def enable_gradient_checkpointing(self):
+        said.append(("enable_gradient_checkpointing",))
+
+    def on_epoch_start(self, text_encoder, unet):
+        said.append(("on_epoch_start", type(unet.mid_block.attentions._modules["0"]).__name__))
+        self.train()
+
+    def get_trainable_params(self):
+        return self.parameters()
+
+    def save_weights(self, file, dtype, metadata):
+        said.append(("save_weights", self.training))
+        save_file({name: factor.detach().to(dtype) for name, factor in self.factors.items()}, file, metadata)
+
+
+def create_network(
+    multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout=None, **network_args
+):
+    said.append(("create_network", multiplier, network_dim, network_alpha, neuron_dropout, network_args))
+    layers = {}
+    for prefix, root in (("te", text_encoder), ("unet", unet)):
+        for name, module in root.named_modules():
+            if name.endswith(("to_q", "q_proj")):
+                layers[f"{prefix}.{name}".replace(".", "_")] = module
+    return Factors(layers)
+'''
+
+
+@pytest.fixture
+def somebodys(tmp_path, monkeypatch):
+    """The module, importable by the name `somebodys.factors`."""
+    package = tmp_path / "packages" / "somebodys"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "factors.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(package.parent))
+    yield importlib.import_module("somebodys.factors")
+    for name in ("somebodys", "somebodys.factors"):
+        sys.modules.pop(name)
+
+
+def test_it_trains_saves_and_is_called_as_agreed(train, flags, tmp_path, somebodys):
+    words = flags(
+        tmp_path / "out",
+        network_module="somebodys.factors",
+        network_dim=3,
+        network_alpha=2,
+        network_dropout=0.25,
+        network_args=("power=2", "kind=full"),
+        unet_lr=0.02,
+        gradient_checkpointing=True,
+        max_train_epochs=2,
+    )
+    train(words)
+    said = somebodys.said
+    assert said[0] == ("create_network", 1.0, 3, 2.0, 0.25, {"power": "2", "kind": "full", "dropout": 0.25})
+    assert ("apply_to", True, True) in said
+    assert ("prepare_optimizer_params", None, 0.02, 0.01) in said
+    assert ("enable_gradient_checkpointing",) in said
+    assert [call for call in said if call[0] == "on_epoch_start"] == [("on_epoch_start", "Transformer2DModel")] * 2
+
+    file = tmp_path / "out" / "run.safetensors"
+    weights = load_file(file)
+    assert "te_text_model_encoder_layers_0_self_attn_q_proj" in weights
+    assert "unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q" in weights
+    assert all(1e-5 < (weight - 1).abs() < 0.1 for weight in weights.values())
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["ss_network_module"] == "somebodys.factors"
+    assert len(metadata["sshs_model_hash"]) == 64
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.safetensors"]
+
+
+def test_its_optional_calls_are_made(train, flags, tmp_path, somebodys, monkeypatch):
+    said = somebodys.said
+
+    def several(self, text_encoder_lrs, unet_lr, default_lr):
+        said.append(("several", text_encoder_lrs, unet_lr, default_lr))
+        te = [factor for name, factor in self.factors.items() if name.startswith("te_")]
+        unet = [factor for name, factor in self.factors.items() if name.startswith("unet_")]
+        return [{"params": te, "lr": text_encoder_lrs[0]}, {"params": unet}], ["words", "pictures"]
+
+    network = somebodys.Factors
+    monkeypatch.setattr(network, "prepare_optimizer_params_with_multiple_te_lrs", several, raising=False)
+    monkeypatch.setattr(network, "on_step_start", lambda self: said.append(("on_step_start",)), raising=False)
+    words = flags(tmp_path, network_module="somebodys.factors", text_encoder_lr=0.03, gradient_accumulation_steps=2)
+    train([*words, "--network_train_unet_only", "--max_train_epochs", "1"])
+    assert ("several", [0.03], None, 0.01) in said
+    assert ("apply_to", False, True) in said
+    assert said.count(("on_step_start",)) == 3
+
+
+def test_what_it_refuses_is_the_users_mistake(train, flags, tmp_path, somebodys, monkeypatch, capsys):
+    def refuse(*positional, **named):
+        raise ValueError("rank 4 is odd")
+
+    monkeypatch.setattr(somebodys, "create_network", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        train(flags(tmp_path, network_module="somebodys.factors"))
+    assert "somebodys.factors refuses them: rank 4 is odd" in capsys.readouterr().err
