@@ -115,8 +115,9 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
         world=accelerator.num_processes,
     )
     accelerator.print(after_training(movement, loader.left_out))
-    # Nobody leaves while the first process writes; and Gloo hangs if it is taken down while its threads are busy.
-    accelerator.wait_for_everyone()
+    # The wrapper of several processes goes before their connection: Gloo hangs when it is taken down along with it.
+    del root, stepper
+    accelerator.free_memory()
     accelerator.end_training()
 
 
