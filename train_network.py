@@ -2,21 +2,7 @@
 
 from library import cli, console, options
 
-GROUPS = (
-    options.ModelOptions,
-    options.DatasetOptions,
-    options.CacheOptions,
-    options.LoaderOptions,
-    options.NetworkOptions,
-    options.TrainingOptions,
-    options.OptimizerOptions,
-    options.PrecisionOptions,
-    options.SaveOptions,
-    options.MetadataOptions,
-    options.PreviewOptions,
-    options.LogOptions,
-    options.ConfigOptions,
-)
+GROUPS = (options.NetworkOptions, *options.TRAINING)
 
 
 def main() -> None:

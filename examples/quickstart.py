@@ -100,7 +100,7 @@ def report(folder: Path) -> None:
 
         from library.generation.paint import paint
         from library.generation.prompts import PromptLine
-        from library.models.family import load_model
+        from library.models.registry import load_model
         from networks.lora import create_network_from_weights
     model = load_model(MODEL)
     points = model.attach_points()

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from library.generation.paint import paint
 from library.generation.prompts import PromptLine
 from library.generation.samplers import make_scheduler
-from library.models.family import load_model
+from library.models.registry import load_model
 from library.models.text import clip_tokenizer
 from networks.lora import create_network_from_weights
 

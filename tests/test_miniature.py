@@ -49,7 +49,7 @@ def test_model_file_is_small() -> None:
 def test_miniature_paints_what_its_prompt_says() -> None:
     from library.generation.paint import paint
     from library.generation.prompts import PromptLine
-    from library.models.family import load_model
+    from library.models.registry import load_model
 
     model = load_model(MODEL)
     right = 0

@@ -4,7 +4,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 
 from library.errors import UserError
 from library.models.checkpoint import write_tensors
-from library.models.family import ModelInfo, inspect_model, load_model
+from library.models.registry import ModelInfo, inspect_model, load_model
 from library.models.sd import StableDiffusion1
 from library.models.sgm_keys import CLIP_PREFIX
 

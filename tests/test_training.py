@@ -14,7 +14,7 @@ from library.data.config import SubsetConfig
 from library.data.plan import RunPlan
 from library.data.records import scan
 from library.models.checkpoint import open_weights
-from library.models.family import ModelInfo
+from library.models.registry import ModelInfo
 from networks import lora
 from tests.pictures import dataset, subset
 from tests.processes import train_script

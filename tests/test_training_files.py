@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 
 from library.generation.paint import paint
 from library.generation.prompts import parse_line
-from library.models.family import load_model
+from library.models.registry import load_model
 from networks.lora import create_network_from_weights
 from tests.processes import ACCELERATE, train_script
 from tests.tiny import draw_pictures, read_log, scalars, stored

@@ -101,7 +101,7 @@ def main() -> None:
     with console.quiet_dependencies():
         from library.generation.paint import paint
         from library.generation.prompts import PromptLine
-        from library.models.family import load_model
+        from library.models.registry import load_model
     model = load_model(options.model)
     wanted = list(scenes(options.count))
     requests = [

@@ -51,19 +51,6 @@ PROMPTS = (
     "a green cross on a purple background",
     "a black ring on a cyan background",
 )
-GROUPS = (
-    options.ModelOptions,
-    options.DatasetOptions,
-    options.CacheOptions,
-    options.LoaderOptions,
-    options.TrainingOptions,
-    options.OptimizerOptions,
-    options.PrecisionOptions,
-    options.SaveOptions,
-    options.MetadataOptions,
-    options.PreviewOptions,
-    options.LogOptions,
-)
 
 
 def make_pictures(folder: Path) -> None:
@@ -95,7 +82,7 @@ def train(work: Path, steps: int, rate: float, more: list[str]) -> None:
     prompts = work / "prompts.txt"
     prompts.write_text("".join(f"{prompt} --w 64 --h 64 --d 1 --l 4 --s 25\n" for prompt in PROMPTS))
     settings = cli.parse(
-        GROUPS,
+        options.TRAINING,
         [
             *("--pretrained_model_name_or_path", str(work / "untrained.safetensors")),
             *("--train_data_dir", str(work / "pictures"), "--resolution", "64", "--cache_latents"),

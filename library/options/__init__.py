@@ -15,7 +15,24 @@ from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
 from library.options.training import TrainingOptions
 
+# What every training script takes, in the order of its --help.
+TRAINING = (
+    ModelOptions,
+    DatasetOptions,
+    CacheOptions,
+    LoaderOptions,
+    TrainingOptions,
+    OptimizerOptions,
+    PrecisionOptions,
+    SaveOptions,
+    MetadataOptions,
+    PreviewOptions,
+    LogOptions,
+    ConfigOptions,
+)
+
 __all__ = [
+    "TRAINING",
     "CacheOptions",
     "ConfigOptions",
     "DatasetOptions",

@@ -13,7 +13,7 @@ from library.data.config import check_resolutions
 from library.data.dataset import ImageDataset, make_loader
 from library.data.plan import PlanSampler, RunPlan
 from library.data.records import RecordTable, scan
-from library.models.family import inspect_model
+from library.models.registry import inspect_model
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.loader import LoaderOptions

@@ -11,9 +11,9 @@ from library.data.config import DatasetConfig
 from library.data.plan import RunPlan
 from library.data.records import RecordTable
 from library.data.summary import dataset_metadata
-from library.models.family import ModelInfo
 from library.models.metadata import BaseModel, RunFacts
 from library.models.noise import NoiseProcess
+from library.models.registry import ModelInfo
 from library.options.base import Settings
 from library.training.methods.base import Method
 from library.training.state import Progress
