@@ -31,7 +31,7 @@ PROMPTS = (
     "a purple sks on a black background",
     "a white sks on a green background",
     "a yellow sks on a purple background",
-    "a red circle on a white background",
+    "a cyan sks on a red background",
 )
 TIMESTEPS = range(50, 1000, 100)
 
@@ -86,10 +86,10 @@ def training_command(folder: Path) -> list[str]:
         f"--pretrained_model_name_or_path={shortest(MODEL)}",
         f"--train_data_dir={folder / 'pictures'}",
         *("--resolution=64", "--cache_latents", "--train_batch_size=4"),
-        *("--network_module=networks.lora", "--network_dim=8", "--network_alpha=8"),
-        *("--learning_rate=4e-4", "--max_train_steps=400", "--seed=1"),
+        *("--network_module=networks.lora", "--network_dim=16", "--network_alpha=16"),
+        *("--learning_rate=5e-4", "--max_train_steps=700", "--seed=1"),
         *(f"--output_dir={folder}", f"--output_name={WORD}", f"--logging_dir={folder / 'logs'}"),
-        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=100", "--max_data_loader_n_workers=1"),
+        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=175", "--max_data_loader_n_workers=1"),
     ]
 
 

@@ -1,19 +1,16 @@
 """A LoRA trained here paints in Diffusers' own pipeline what it paints here."""
 
 import dataclasses
-import warnings
 
 import numpy as np
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline
 
 from library.generation.paint import paint
 from library.generation.prompts import PromptLine
 from library.generation.samplers import make_scheduler
 from library.models.registry import load_model
-from library.models.text import clip_tokenizer
 from networks.lora import create_network_from_weights
+from tests.pipelines import picture_of, pipeline_of, pixels
 
 REQUEST = PromptLine("sks, a red circle", "blue", width=32, height=48, seed=3, scale=5.0, sample_steps=6)
 
@@ -27,39 +24,7 @@ def model(model_file):
 def pipeline(model_file):
     """Diffusers' pipeline around the modules of a model of its own."""
     model = load_model(model_file)
-    tokenizer = clip_tokenizer()
-    tokenizer.model_max_length = 77
-    with warnings.catch_warnings(action="ignore"):
-        pipeline = StableDiffusionPipeline(
-            vae=model.vae,
-            text_encoder=model.text_encoders[0].model,
-            tokenizer=tokenizer,
-            unet=model.unet,
-            scheduler=make_scheduler("ddim", model.noise_process()),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def pixels(picture) -> np.ndarray:
-    return np.asarray(picture).astype(int)
-
-
-def picture_of(pipeline, request: PromptLine) -> np.ndarray:
-    return pixels(
-        pipeline(
-            request.prompt,
-            negative_prompt=request.negative_prompt,
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.sample_steps,
-            guidance_scale=request.scale,
-            generator=torch.Generator().manual_seed(request.seed),
-        ).images[0]
-    )
+    return pipeline_of(model, make_scheduler("ddim", model.noise_process()))
 
 
 @pytest.mark.parametrize(("precision", "alpha"), [("float", 4), ("fp16", 1)])

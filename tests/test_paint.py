@@ -1,12 +1,9 @@
 import dataclasses
 import random
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from PIL import Image
 
 from library.errors import UserError
 from library.generation import paint as paint_module
@@ -14,34 +11,17 @@ from library.generation.paint import evaluating, paint
 from library.generation.prompts import PromptLine
 from library.generation.samplers import SAMPLERS, make_scheduler
 from library.models.sd import StableDiffusion1
-from library.models.text import clip_tokenizer
+from tests.pipelines import picture_of, pipeline_of, pixels
+from tests.tiny import CLIP, UNET
 
 # Diffusers on a recent NumPy
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
-UNET = {
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 64,
-    "attention_head_dim": 8,
-}
 VAE = {
     "block_out_channels": (32, 32, 32),
     "layers_per_block": 1,
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
-}
-CLIP = {
-    "vocab_size": 49408,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 1,
-    "hidden_act": "quick_gelu",
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
 }
 REQUEST = PromptLine("a red circle", "blurry", width=32, height=48, seed=7, scale=4.0, sample_steps=4)
 
@@ -53,41 +33,10 @@ def model():
         return StableDiffusion1.from_configs(UNET, VAE, CLIP).eval()
 
 
-def pipeline_picture(model, request: PromptLine, sampler: str) -> Image.Image:
-    tokenizer = clip_tokenizer()
-    tokenizer.model_max_length = 77
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        pipeline = StableDiffusionPipeline(
-            vae=model.vae,
-            text_encoder=model.text_encoders[0].model,
-            tokenizer=tokenizer,
-            unet=model.unet,
-            scheduler=make_scheduler(sampler, model.noise_process()),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline(
-            request.prompt,
-            negative_prompt=request.negative_prompt,
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.sample_steps,
-            guidance_scale=request.scale,
-            generator=torch.Generator().manual_seed(request.seed),
-        ).images[0]
-
-
-def pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture).astype(int)
-
-
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not name.startswith("k_") and name != "lms"])
 def test_pictures_equal_those_of_diffusers(model, sampler):
     ours = pixels(paint(model, REQUEST, default_sampler=sampler))
-    theirs = pixels(pipeline_picture(model, REQUEST, sampler))
+    theirs = picture_of(pipeline_of(model, make_scheduler(sampler, model.noise_process())), REQUEST)
     assert ours.shape == (48, 32, 3)
     assert ours.std() > 1  # a flat picture would prove nothing
     assert np.abs(ours - theirs).max() <= 1
@@ -96,7 +45,9 @@ def test_pictures_equal_those_of_diffusers(model, sampler):
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_without_guidance(model, scale):
     request = dataclasses.replace(REQUEST, scale=scale)
-    difference = pixels(paint(model, request)) - pixels(pipeline_picture(model, request, "ddim"))
+    difference = pixels(paint(model, request)) - picture_of(
+        pipeline_of(model, make_scheduler("ddim", model.noise_process())), request
+    )
     assert np.abs(difference).max() <= 1
 
 

@@ -48,9 +48,11 @@ SHAPES: dict[str, Mask] = {
 
 
 def heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """A shape outside the miniature's vocabulary: (x^2 + y^2 - 1)^3 <= x^2 y^3."""
-    x, y = u * 1.2, 0.15 - v * 1.2
-    return (x * x + y * y - 1) ** 3 <= x * x * y**3
+    """A shape outside the miniature's vocabulary: two discs side by side and a wedge that points down."""
+    discs = np.hypot(np.abs(u) - 0.48, v + 0.35) <= 0.5
+    between = (np.abs(u) <= 0.48) & (np.abs(v + 0.2) <= 0.15)
+    wedge = (v >= -0.1) & (np.abs(u) * 1.12 <= 0.95 - v)
+    return discs | between | wedge
 
 
 @dataclass(frozen=True)
