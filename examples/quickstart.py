@@ -87,9 +87,9 @@ def training_command(folder: Path) -> list[str]:
         f"--train_data_dir={folder / 'pictures'}",
         *("--resolution=64", "--cache_latents", "--train_batch_size=4"),
         *("--network_module=networks.lora", "--network_dim=16", "--network_alpha=16"),
-        *("--learning_rate=5e-4", "--max_train_steps=700", "--seed=1"),
+        *("--learning_rate=5e-4", "--max_train_steps=1000", "--seed=1"),
         *(f"--output_dir={folder}", f"--output_name={WORD}", f"--logging_dir={folder / 'logs'}"),
-        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=175", "--max_data_loader_n_workers=1"),
+        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=250", "--max_data_loader_n_workers=1"),
     ]
 
 
@@ -109,7 +109,10 @@ def report(folder: Path) -> None:
     network.apply_to(points.text_encoders[0], points.unet)
     network.load_state_dict(weights)
 
-    losses, pictures = {}, []
+    losses = {}
+    learned_from = sorted((folder / "pictures" / f"10_{WORD}").glob("*.png"))[: len(PROMPTS)]
+    pictures = [Image.open(file) for file in learned_from]
+    captions = [f"learned from: {file.with_suffix('.caption').read_text()}" for file in learned_from]
     for name, multiplier in (("before", 0.0), ("after", 1.0)):
         network.set_multiplier(multiplier)
         with torch.no_grad():
@@ -117,7 +120,7 @@ def report(folder: Path) -> None:
         for seed, prompt in enumerate(PROMPTS):
             request = PromptLine(prompt, None, 64, 64, seed, SCALE, STEPS, SAMPLER)
             pictures.append(paint(model, request))
-    captions = [f"{name}: {prompt}" for name in losses for prompt in PROMPTS]
+    captions += [f"{name}: {prompt}" for name in losses for prompt in PROMPTS]
     sheet = folder / "before_after.png"
     contact_sheet(pictures, captions, columns=len(PROMPTS)).save(sheet)
 
