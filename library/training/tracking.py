@@ -7,6 +7,7 @@ from collections import deque
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -71,7 +72,7 @@ class Tracker:
         )
         self.speeds: deque[float] = deque(maxlen=_WINDOW)  # images per second of each step
         self.last_step = time.monotonic()
-        self.not_finite: int | None = None  # the first step whose loss was not
+        self.not_finite: int | None = None  # the first step whose loss was not and which moved the weights all the same
 
     def add(self, losses: Tensor, plan: BatchPlan) -> None:
         """A micro-batch's losses (B,)."""
@@ -97,7 +98,7 @@ class Tracker:
         self.bar.close()
 
     def require_finite_losses(self) -> None:
-        """UserError if a loss was NaN or infinite, the last step's included."""
+        """UserError if the weights were moved by a loss that was NaN or infinite, the last step's included."""
         self._show()
         if self.not_finite is not None:
             raise UserError(
@@ -112,7 +113,7 @@ class Tracker:
         self.pending = None
         loss, norm = values.read()
         self.recent.append(loss)
-        if self.not_finite is None and not math.isfinite(loss):
+        if self.not_finite is None and not info.skipped and not math.isfinite(loss):
             self.not_finite = progress.step
         average = sum(self.recent) / len(self.recent)
         speed = statistics.median(self.speeds)  # unmoved by the steps after which something was painted or saved
@@ -135,6 +136,4 @@ def used_memory() -> str:
     """The most device memory this process has held, or without a GPU its own memory now."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GB"
-    import psutil
-
     return f"{psutil.Process().memory_info().rss / 2**30:.1f} GB"
