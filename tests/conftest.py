@@ -4,6 +4,7 @@ Heavy packages are imported inside the fixtures, for the sake of the tests that 
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from library import cli, console
+
+# The models are tiny: several threads would wait for each other longer than they compute, above all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Flags = Callable[..., list[str]]
 Train = Callable[[Sequence[str]], None]
