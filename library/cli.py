@@ -34,6 +34,7 @@ def run(main: Callable[[], None]) -> None:
         console.error(_not_installed(error.name))
         sys.exit(2)
     except KeyboardInterrupt:
+        console.error("interrupted: what was saved so far stays, the rest is lost")
         sys.exit(130)
 
 
