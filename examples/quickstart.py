@@ -21,6 +21,7 @@ from examples.sheet import contact_sheet
 from library import cli, console
 from library.errors import UserError
 from library.randomness import generator
+from library.training.preflight import make_writable
 
 ROOT = Path(__file__).resolve().parents[1]
 WORD = "sks"
@@ -44,6 +45,7 @@ def main() -> None:
     if not MODEL.is_file():
         raise UserError(f"the miniature model {MODEL} is missing: get it with git, or train it as its README says")
 
+    make_writable("--output_dir", str(folder))
     print(f'Drawing {PICTURES} pictures of "{WORD}" and {HELD_OUT} to measure with, in {folder}')
     draw_pictures(folder / "pictures" / f"10_{WORD}", range(PICTURES))
     draw_pictures(folder / "held_out" / f"1_{WORD}", range(PICTURES, PICTURES + HELD_OUT))

@@ -14,14 +14,12 @@ from library.models.text import clip_tokenizer
 
 def pipeline_of(model: Family, scheduler: SchedulerMixin) -> StableDiffusionPipeline:
     """The pipeline a user would assemble from the model's parts."""
-    tokenizer = clip_tokenizer()
-    tokenizer.model_max_length = 77
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         pipeline = StableDiffusionPipeline(
             vae=model.vae,
             text_encoder=model.text_encoders[0].model,
-            tokenizer=tokenizer,
+            tokenizer=clip_tokenizer(),
             unet=model.unet,
             scheduler=scheduler,
             safety_checker=None,

@@ -19,6 +19,7 @@ from PIL import Image
 from examples.miniature.shapes import COLOURS, SHAPES, Mask, Scene, coverage
 from examples.sheet import contact_sheet
 from library import cli, console
+from library.training.preflight import make_writable
 
 MODEL = Path(__file__).parent / "miniature.safetensors"
 SCALE, STEPS, SAMPLER = 4.0, 25, "ddim"
@@ -98,6 +99,8 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="also write the pictures, labelled, to this file")
     options = parser.parse_args()
     console.setup(None)
+    if options.sheet:
+        make_writable("--sheet", str(options.sheet.absolute().parent))
     with console.quiet_dependencies():
         from library.generation.paint import paint
         from library.generation.prompts import PromptLine

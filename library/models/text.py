@@ -68,7 +68,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     assert len(tokens) == _VOCABULARY_SIZE
-    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=CHUNK + 2
+    )
 
 
 class Tokenizer:

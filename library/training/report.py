@@ -23,11 +23,11 @@ def before_training(
 ) -> str:
     """What will be trained on, for how long, and how fast it is learned."""
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    epochs = f"{progress.total_epochs} epoch{'s' * (progress.total_epochs > 1)}"
     lines = [
         "",
         str(summarise(table, datasets, plan)),
-        f"in all: {progress.total_steps} optimizer steps in {progress.total_epochs} epochs "
-        f"on {accelerator.device}{processes}",
+        f"in all: {progress.total_steps} optimizer steps in {epochs} on {accelerator.device}{processes}",
     ]
     for group in groups:
         count = sum(parameter.numel() for parameter in group.parameters)
