@@ -1,5 +1,8 @@
-"""Files that users write by hand, above all TOML: one way to read them, one sentence for what is wrong with them."""
+"""Files that users write by hand, TOML and JSON: one way to read them, one sentence for what is wrong with them."""
 
+import json
+import re
+import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,25 @@ def read_text(path: Path, what: str, suffixes: Collection[str]) -> str:
         raise UserError(f"{path}: this {what} cannot be read ({problem.strerror})") from None
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The content of a TOML file, which is a `what` ("config file"). UserError if it cannot be read or is no TOML."""
-    text = read_text(path, what, [".toml"])
-    import toml  # only who has such a file pays for it
+def read_toml(path: Path, what: str, suffixes: Collection[str] = (".toml",)) -> dict[str, Any]:
+    """The content of a TOML file, which is a `what` ("config file"). UserError if it cannot be read or is no TOML.
 
+    A missing file is answered with a similar one that has one of `suffixes`.
+    """
     try:
-        return toml.loads(text)
-    except toml.TomlDecodeError as problem:
-        hint = "; write paths with backslashes in 'single' quotes" if "escape" in problem.msg.lower() else ""
-        raise UserError(f"{path}, line {problem.lineno}: this {what} is not valid TOML ({problem.msg}){hint}") from None
-    except (IndexError, TypeError, ValueError):  # slips of the package on some malformed files
-        raise UserError(f"{path}: this {what} is not valid TOML") from None
+        return tomllib.loads(read_text(path, what, suffixes))
+    except tomllib.TOMLDecodeError as problem:
+        reason, _, place = str(problem).partition(" (at ")
+        line = re.match(r"line \d+", place)  # or it says "end of document"
+        hint = "; write paths with backslashes in 'single' quotes" if "escape" in reason.lower() else ""
+        where = f"{path}, {line[0]}" if line else path
+        raise UserError(f"{where}: this {what} is not valid TOML ({reason}){hint}") from None
+
+
+def read_json(path: Path, what: str, suffixes: Collection[str] = (".json",)) -> Any:
+    """The content of a JSON file, as `read_toml` reads TOML."""
+    text = read_text(path, what, suffixes)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise UserError(f"{path}, line {problem.lineno}: this {what} is not valid JSON ({problem.msg})") from None

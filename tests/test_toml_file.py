@@ -33,13 +33,13 @@ def test_toml_is_read_with_and_without_a_mark_at_its_start(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"a = 1\nb = 'unfinished", ", line 2: this config file is not valid TOML (Unterminated string"),
+        (b"a = 1\nb = 'unfinished\nc = 2", ": this config file is not valid TOML (Expected"),
         (b"a = 1\na.b = '\xff'", ", line 2: this config file is not UTF-8 text, save it as UTF-8"),
         (
             b'a = "D:\\data"',
-            ", line 1: this config file is not valid TOML (Reserved escape sequence used); write paths",
+            ", line 1: this config file is not valid TOML (Unescaped '\\' in a string); write paths",
         ),
-        (b"prompt = 3\n[[prompt.subset]]", ": this config file is not valid TOML"),
+        (b"prompt = 3\n[[prompt.subset]]", ", line 2: this config file is not valid TOML"),
         (None, ": there is no such config file, did you mean "),
     ],
 )

@@ -5,7 +5,6 @@ A prompt file is a .txt of such lines (`#` starts a comment line), a .toml with 
 `[[prompt.subset]]` per picture, or a .json list of lines and objects.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from library.console import warn
 from library.errors import UserError, nearest, suggest
 from library.generation.samplers import find_sampler
-from library.toml_file import read_text, read_toml
+from library.toml_file import read_json, read_text, read_toml
 
 MAX_STEPS = 998  # with more, Diffusers' schedulers step outside the model's 1000 noise levels
 MAX_SEED = 2**64 - 1  # what a torch generator takes
@@ -92,11 +91,7 @@ def _read_toml(file: Path) -> list[PromptLine]:
 
 
 def _read_json(file: Path) -> list[PromptLine]:
-    text = read_text(file, _WHAT, [".json"])
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}: the file is not valid JSON ({error.msg})") from None
+    document = read_json(file, _WHAT)
     if not isinstance(document, list):
         raise UserError(f"{file}: the file has to be a list of prompts, [...]")
     return [
