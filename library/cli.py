@@ -180,7 +180,7 @@ def _read_config(named: Path, options: Mapping[str, Option]) -> dict[str, Any]:
             console.warn(f"{path}: {key} is not an option of this script and is ignored{suggest(key, options)}")
         elif option.name in _OF_THE_FILE_ITSELF:
             console.warn(f"{path}: {key} only works on the command line and is ignored")
-        elif value != "" or option.kind is str:  # front ends write empty texts for what is not set
+        elif value != "" or (option.kind is str and not option.details.choices):  # "": not set, say front ends
             if option.name in values:
                 console.warn(f"{path}: {key} is set more than once, the last value counts")
             try:

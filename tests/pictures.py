@@ -1,11 +1,14 @@
 """Small image folders for tests of the data room."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from library.data.captions import CaptionOptions
 from library.data.config import DatasetConfig, SubsetConfig
+from library.data.images import ImageOptions
 
 
 def picture(
@@ -21,18 +24,12 @@ def picture(
 
 
 def subset(image_dir: Path, **options) -> SubsetConfig:
-    """A subset with the defaults of the command line."""
-    defaults = {
-        "class_tokens": "",
-        "num_repeats": 1,
-        "is_reg": False,
-        "caption_extension": ".caption",
-        "caption_separator": ",",
-        "shuffle_caption": False,
-        "keep_tokens": 0,
-        "flip_aug": False,
+    """A subset with the defaults of the command line; options of its captions and images are given by name alike."""
+    groups = {
+        name: kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options})
+        for name, kind in (("captions", CaptionOptions), ("images", ImageOptions))
     }
-    return SubsetConfig(image_dir=image_dir, **(defaults | options))
+    return SubsetConfig(image_dir=image_dir, **groups, **options)
 
 
 def dataset(*subsets: SubsetConfig, **options) -> DatasetConfig:

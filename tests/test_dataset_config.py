@@ -1,5 +1,7 @@
-"""The folder convention and the dataset file: what they mean, and what is said about mistakes in them."""
+"""The folder convention and the dataset file: how they are read, and what is said about mistakes in them."""
 
+import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -151,9 +153,10 @@ class TestFile:
         assert (first.resolution, first.batch_size) == ((64, 48), 4)
         assert (second.resolution, second.batch_size) == ((64, 64), 7)
         a, b, c = (*first.subsets, *second.subsets)
-        assert (a.num_repeats, a.keep_tokens, a.is_reg, a.flip_aug) == (5, 3, False, True)
-        assert (b.num_repeats, b.keep_tokens, b.is_reg, b.class_tokens) == (2, 3, True, "dog")
-        assert (c.num_repeats, c.keep_tokens, c.caption_extension, b.caption_extension) == (2, 1, ".txt", ".caption")
+        assert (a.num_repeats, a.captions.keep_tokens, a.is_reg, a.images.flip_aug) == (5, 3, False, True)
+        assert (b.num_repeats, b.captions.keep_tokens, b.is_reg, b.class_tokens) == (2, 3, True, "dog")
+        assert (c.num_repeats, c.captions.keep_tokens, c.caption_extension) == (2, 1, ".txt")
+        assert b.caption_extension == ".caption"
 
     def test_repeats_fall_back_to_the_flag(self, tmp_path):
         text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'DIR'"
@@ -169,11 +172,42 @@ class TestFile:
         ("text", "expected"),
         [
             ("num_repeat = 3", "datasets[0].subsets[0].num_repeat: unknown option, did you mean num_repeats?"),
-            ("num_repeats = '3'", "datasets[0].subsets[0].num_repeats: '3' must be a whole number"),
-            ("num_repeats = true", "datasets[0].subsets[0].num_repeats: True must be a whole number"),
-            ("num_repeats = -1", "datasets[0].subsets[0].num_repeats: -1 must be a whole number"),
+            ("num_repeats = '3'", "datasets[0].subsets[0].num_repeats: '3' must be a number, 0 or more"),
+            ("num_repeats = true", "datasets[0].subsets[0].num_repeats: True must be a number"),
+            ("num_repeats = -1", "datasets[0].subsets[0].num_repeats: -1 must be a number, 0 or more"),
             ("flip_aug = 1", "datasets[0].subsets[0].flip_aug: 1 must be true or false"),
             ("class_tokens = 1", "datasets[0].subsets[0].class_tokens: 1 must be a text"),
+            ("num_repeats = nan", "datasets[0].subsets[0].num_repeats: nan must be a number"),
+            (
+                "images_per_epoch = 1.5",
+                "datasets[0].subsets[0].images_per_epoch: 1.5 must be a whole number, 1 or more",
+            ),
+            ("caption_separator = ''", "datasets[0].subsets[0].caption_separator: '' must be a text of at least one"),
+            (
+                "caption_dropout_rate = 1.1",
+                "datasets[0].subsets[0].caption_dropout_rate: 1.1 must be a number from 0 to",
+            ),
+            (
+                "caption_tag_dropout_rate = -1",
+                "datasets[0].subsets[0].caption_tag_dropout_rate: -1 must be a number from",
+            ),
+            (
+                "validation_split = 1",
+                "datasets[0].subsets[0].validation_split: 1 must be a number from 0 to less than 1",
+            ),
+            ("validation_seed = 1.0", "datasets[0].subsets[0].validation_seed: 1.0 must be a whole number"),
+            ("custom_attributes = 3", "datasets[0].subsets[0].custom_attributes: 3 must be a table"),
+            ("face_crop_aug_range = [3.0, 1.0]", "datasets[0].subsets[0].face_crop_aug_range: [3.0, 1.0] must be two"),
+            ("face_crop_aug_range = '1.0'", "datasets[0].subsets[0].face_crop_aug_range: '1.0' must be two numbers"),
+            (
+                "resize_interpolation = 'lancos'",
+                "datasets[0].subsets[0].resize_interpolation: 'lancos' must be one of lanczos, nearest, bilinear, "
+                "linear, bicubic, cubic, area, did you mean lanczos?",
+            ),
+            (
+                "num_repeats = 2\nimages_per_epoch = 5",
+                "datasets[0].subsets[0]: num_repeats and images_per_epoch say the same in two ways",
+            ),
             ("batch_size = 2", "datasets[0].subsets[0].batch_size: is an option of a whole dataset"),
         ],
     )
@@ -238,6 +272,45 @@ class TestFile:
     def test_a_byte_order_mark_and_comments_in_any_script(self, tmp_path):
         text = "\ufeff[general]  # 全般\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'DIR'  # 画像\n"
         assert len(from_toml(tmp_path, text)) == 1
+
+    def test_json_says_the_same_and_null_says_nothing(self, tmp_path):
+        content = {
+            "general": {"keep_tokens": 2, "class_tokens": None},
+            "datasets": [{"resolution": [64, 48], "subsets": [{"image_dir": str(tmp_path), "keep_tokens": None}]}],
+        }
+        path = tmp_path / "my.JSON"
+        path.write_text(json.dumps(content), encoding="utf-8-sig")
+        (dataset,) = load(dataset_config=path)
+        assert dataset.resolution == (64, 48)
+        assert dataset.subsets[0].captions.keep_tokens == 2
+        content["datasets"][0]["subsets"][0]["keep_token"] = None
+        path.write_text(json.dumps(content))
+        expected = f"{path}: datasets[0].subsets[0].keep_token: unknown option, did you mean keep_tokens?"
+        assert message(dataset_config=path) == expected
+
+    def test_json_that_is_none(self, tmp_path):
+        path = tmp_path / "my.json"
+        path.write_text('{\n"datasets": [\n}')
+        assert message(dataset_config=path).startswith(f"{path}, line 3: this dataset file is not valid JSON")
+        path.write_text("[]")
+        assert message(dataset_config=path) == f"{path}: must be a table of options"
+        assert message(dataset_config=tmp_path / "mi.json").endswith(f"did you mean {path}?")
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("x = [1.0, 3", ": this dataset file is not valid TOML (Unclosed array)"),
+            ("[general]", ", line 3: this dataset file is not valid TOML (Cannot declare"),
+        ],
+    )
+    def test_toml_that_is_none(self, tmp_path, text, expected):
+        text = toml_message(tmp_path, f"[general]\nkeep_tokens = 1\n{text}")
+        assert text.startswith(f"{tmp_path / 'my.toml'}{expected}")
+
+    def test_datasets_can_be_sent_to_other_processes(self, tmp_path):
+        text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'DIR'\ncustom_attributes = { who = { name = 'me' } }"
+        datasets = from_toml(tmp_path, text)
+        assert pickle.loads(pickle.dumps(datasets)) == datasets
 
 
 class TestResolutions:

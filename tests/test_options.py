@@ -1,6 +1,7 @@
 """The flags against the table of what users' command lines rely on, and the values behind the defaults."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,15 @@ from hypothesis import given, settings, strategies
 
 from library import options
 from library.errors import UserError
-from library.options import NetworkOptions, OptimizerOptions, PreviewOptions, TrainingOptions, options_of
+from library.options import (
+    CacheOptions,
+    DatasetOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    PreviewOptions,
+    TrainingOptions,
+    options_of,
+)
 from library.options.base import STEPS_OR_FRACTION, parse_key_values
 from library.options.loader import LoaderOptions
 from library.options.logging import LogOptions
@@ -18,14 +27,25 @@ FLAGS = [option for group in GROUPS for option in options_of(group)]
 TYPE_NAMES = {bool: "", int: "int", float: "float", str: "str", Path: "Path", STEPS_OR_FRACTION: "int_or_float"}
 
 
+OF_THE_DATA = re.compile(
+    "^in_json|^dataset|_dataset|_data_dir|^caption_|_caption$|_wildcard|token_warmup|keep_tokens|_separator|_aug|_crop|"
+    "^resize|_bucket$|bucket_(reso|no)|^resolution|alpha_mask|masked_loss|^cache|_cache_check|batch_size|^validation_"
+)
+TABLES = ("train_network", "sdxl_train_network", "tools__cache_latents")
+OURS = {"legacy_image_decode", "recache_unknown"}
+
+
 def flag_table() -> dict[str, dict[str, str]]:
-    path = Path(__file__).parent / "data" / "flags" / "train_network.tsv"
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return {row["dest"]: row for row in rows}
+    found = {}
+    for table in TABLES:
+        path = Path(__file__).parent / "data" / "flags" / f"{table}.tsv"
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            found = {row["dest"]: row for row in rows} | found
+    return found
 
 
-@pytest.mark.parametrize("option", FLAGS, ids=lambda option: option.name)
+@pytest.mark.parametrize("option", [one for one in FLAGS if one.name not in OURS], ids=lambda option: option.name)
 def test_flag_is_that_of_the_table(option):
     row = flag_table()[option.name]
     assert row["flags"] == f"--{option.name}"
@@ -34,6 +54,13 @@ def test_flag_is_that_of_the_table(option):
     assert row["default"] == repr(option.default) or float(row["default"]) == option.default
     assert row["choices"].removeprefix("None|") == "|".join(option.details.choices)
     assert row["action"] == ("StoreTrueAction" if option.kind is bool else "StoreAction")
+
+
+def test_every_flag_of_the_table_about_data_and_caches_is_there():
+    named = {name for name in flag_table() if OF_THE_DATA.search(name)}
+    assert named <= {option.name for option in FLAGS} | {"caption_extention"}
+    assert len(named) > 45
+    assert not OURS & flag_table().keys()
 
 
 def test_old_spellings_are_in_the_table_and_no_flag_is_in_two_groups():
@@ -133,6 +160,17 @@ def test_effective_values_behind_the_defaults(monkeypatch):
     assert LoaderOptions().workers == 0
 
 
+def test_to_disk_switches_its_cache_on():
+    def caches(*flags):
+        options = CacheOptions(**dict.fromkeys(flags, True))
+        return options.latents, options.latents_to_disk, options.text, options.text_to_disk
+
+    assert caches() == (False, False, False, False)
+    assert caches("cache_latents", "cache_text_encoder_outputs") == (True, False, True, False)
+    assert caches("cache_latents_to_disk") == (True, True, False, False)
+    assert caches("cache_text_encoder_outputs_to_disk") == (False, False, True, True)
+
+
 @pytest.mark.parametrize(
     ("group", "values", "sentence"),
     [
@@ -145,6 +183,7 @@ def test_effective_values_behind_the_defaults(monkeypatch):
         ),
         (LogOptions, {"log_with": "wandb", "logging_dir": "logs"}, "wandb is not available, choose tensorboard"),
         (LogOptions, {"log_with": "tensorboard"}, "--logging_dir"),
+        (DatasetOptions, {"dataset_class": "my.Own"}, "--dataset_class: my.Own cannot be used"),
         (NetworkOptions, {"network_dropout": 1.0}, "--network_dropout: 1.0 is not a chance"),
         (
             NetworkOptions,

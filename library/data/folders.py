@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.console import notice
-from library.data.files import count_images, folder_problem, subfolders
+from library.data.scanning.files import count_images, folder_problem, subfolders
 from library.errors import UserError
 
 _NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)

@@ -52,6 +52,11 @@ class NetworkOptions:
         return 4 if self.network_dim is None else self.network_dim
 
     @property
+    def trains_text_encoder(self) -> bool:
+        """Whether the network has a part for the text encoder."""
+        return not self.network_train_unet_only
+
+    @property
     def network_keywords(self) -> dict[str, str]:
         """`network_args` as name -> value, both as written."""
         return parse_key_values(self.network_args or (), "--network_args")
