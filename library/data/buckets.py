@@ -62,7 +62,7 @@ class Buckets:
         """The geometry of an image of this size."""
         geometry = self._known.get(image)
         if geometry is None:
-            geometry = self._shrunk(image) if self.no_upscale else _cover(image, self._nearest(image))
+            geometry = self._shrunk(image) if self.no_upscale else cover(image, self._nearest(image))
             self._known[image] = geometry
         return geometry
 
@@ -82,7 +82,7 @@ class Buckets:
         if min(width, height) < self.step:  # there is no bucket that narrow, so this image alone has to grow
             longest = area // self.step
             bucket = tuple(max(self.step, self._whole_steps(min(length, longest))) for length in (width, height))
-            return _cover(image, bucket)
+            return cover(image, bucket)
         resized = image if fits else self._shrunk_size(aspect, width, height)
         return _geometry(image, tuple(length // self.step * self.step for length in resized), resized)
 
@@ -99,7 +99,7 @@ class Buckets:
         return _rounded(length) // self.step * self.step
 
 
-def _cover(image: Size, bucket: Size) -> Geometry:
+def cover(image: Size, bucket: Size) -> Geometry:
     """Scales the image until it just covers the bucket."""
     wider = image[0] / image[1] > bucket[0] / bucket[1]
     scale = bucket[1] / image[1] if wider else bucket[0] / image[0]
