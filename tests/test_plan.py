@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 
 from library.data.plan import PlanSampler, RunPlan
 from library.data.records import RecordTable
-from library.randomness import address
+from library.randomness import address, generator
 
 BUCKETS = [(64, 64), (48, 80), (80, 48)]
+PINNED = [
+    [(1, 0), (3, 0)],
+    [(5, 0), (1, 1)],
+    [(4, 1), (2, 2)],
+    [(2, 1), (2, 0)],
+    [(0, 0), (4, 0)],
+    [(5, 2), (5, 1)],
+    [(1, 0), (1, 1)],
+    [(2, 0), (0, 0)],
+]
 
 
 class FakeTable:
@@ -156,3 +166,89 @@ def test_samples_and_batches_are_both_shuffled(buckets):
     assert [item.record for batch in first for item in batch.items] != sorted(range(60))
     if buckets > 1:
         assert [batch.bucket for batch in first] != sorted(batch.bucket for batch in first)
+
+
+def test_whole_repeats_keep_their_order_from_version_to_version():
+    table = FakeTable([(0, n % 2, 1 + n % 3) for n in range(6)])
+    order = [[(item.record, item.repeat) for item in batch.items] for batch in make(table).iterate(0, 8)]
+    assert order == PINNED
+
+
+class TestBrokenRepeats:
+    """Repeats that are no whole numbers."""
+
+    subsets = st.lists(st.integers(0, 2), min_size=1, max_size=12)  # buckets of its images
+
+    def table(self, *parts):
+        """One subset per part, of (buckets, repeats)."""
+        table = FakeTable([(0, bucket, repeats) for buckets, repeats in parts for bucket in buckets])
+        table.subsets[:, 1] = np.repeat(np.arange(len(parts)), [len(buckets) for buckets, _ in parts])
+        table.repeats = table.repeats.astype(float)
+        return table
+
+    def epochs(self, plan, count):
+        for epoch in range(count):
+            yield list(plan.iterate(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch))
+
+    @given(subsets, st.floats(0.01, 3.5), subsets, st.integers(1, 4))
+    def test_every_epoch_has_as_many_of_each_subset(self, first, repeats, second, whole):
+        table = self.table((first, repeats), (second, whole))
+        plan = make(table)
+        for batches in self.epochs(plan, 4):
+            items = [item for batch in batches for item in batch.items]
+            assert len({(item.record, item.repeat) for item in items}) == len(items) == plan.images_per_epoch
+            assert len(batches) == plan.batches_per_epoch
+            counts = Counter(int(table.subsets[item.record, 1]) for item in items)
+            assert counts == {0: max(round(len(first) * repeats), 1), 1: len(second) * whole}
+            for batch in batches:
+                assert {tuple(table.buckets[item.record]) for item in batch.items} == {batch.bucket}
+
+    @given(subsets, st.floats(0.01, 2.5))
+    def test_images_of_a_bucket_take_turns(self, buckets, repeats):
+        table = self.table((buckets, repeats))
+        plan = make(table)
+        uses = Counter(dict.fromkeys(range(len(buckets)), 0))
+        for batches in self.epochs(plan, 3 * len(buckets)):
+            uses.update(item.record for batch in batches for item in batch.items)
+        assert min(uses.values()) > 0, "an image that no epoch uses"
+        for bucket in set(buckets):
+            counts = [uses[record] for record, own in enumerate(buckets) if own == bucket]
+            assert max(counts) - min(counts) <= 1
+
+    def test_two_and_a_half(self):
+        plan = make(self.table(([0] * 4, 2.5)))
+        first, second = ([i.record for batch in batches for i in batch.items] for batches in self.epochs(plan, 2))
+        assert sorted(Counter(first).values()) == [2, 2, 3, 3]
+        assert Counter(first + second) == dict.fromkeys(range(4), 5)
+
+    def test_a_use_more_in_one_bucket_joins_its_batches(self):
+        plan = make(self.table(([0] * 3, 1.3)))
+        assert (plan.images_per_epoch, plan.batches_per_epoch, plan.loose) == (4, 2, ())
+
+    def test_few_images_among_many_get_their_turn(self):
+        plan = make(self.table(([0] * 100 + [1, 2], 0.1)))
+        assert [group.samples for group in plan.groups] == [9]
+        assert [group.samples for group in plan.loose] == [1]
+        assert plan.images_per_epoch == 10
+        seen = {i.record for batches in self.epochs(plan, 2) for batch in batches for i in batch.items}
+        assert {100, 101} <= seen
+
+    @given(subsets, st.floats(0.01, 2.5), st.integers(0, 60), st.integers(0, 6))
+    def test_starting_anywhere_gives_the_same_tail(self, buckets, repeats, start, length):
+        table = self.table((buckets, repeats))
+        whole = [batch for batch in make(table).iterate(0, start + length) if batch.step >= start]
+        assert list(make(table).iterate(start, start + length)) == whole
+
+    def test_a_late_start_costs_no_more_than_an_early_one(self, monkeypatch):
+        drawn = []
+
+        def counting(*parts):
+            drawn.append(parts)
+            return generator(*parts)
+
+        monkeypatch.setattr("library.data.plan.generator", counting)
+        plan = make(self.table(([0] * 10, 0.3)))
+        for start in (0, 10**9):
+            drawn.clear()
+            next(plan.iterate(start, start + 1))
+            assert len(drawn) <= 4

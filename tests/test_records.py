@@ -1,7 +1,9 @@
-"""The scan of image folders, the table it makes, and the decoding of images."""
+"""The scan of image folders and the table it makes."""
 
 import os
 import pickle
+import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -10,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.data import images
-from library.data.records import balanced_repeats, scan
+from library.data.records import geometry_of, scan
+from library.data.scanning.listing import list_folder
+from library.data.scanning.reading import read_header
+from library.data.scanning.scan import balanced_repeats
 from library.errors import UserError
 from tests.pictures import dataset, picture, subset
 
@@ -20,7 +24,8 @@ from tests.pictures import dataset, picture, subset
 def said(monkeypatch):
     """Warnings to the user."""
     messages = []
-    monkeypatch.setattr("library.data.records.warn", messages.append)
+    for module in ("scanning.scan", "scanning.sources", "scanning.index"):
+        monkeypatch.setattr(f"library.data.{module}.warn", messages.append)
     return messages
 
 
@@ -171,92 +176,187 @@ class TestRegularisation:
 
     @given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.lists(st.integers(1, 9), min_size=1, max_size=20))
     def test_there_are_always_as_many_as_training_samples(self, training, regularisation):
-        repeats = np.array(training + regularisation)
-        is_reg = np.array([False] * len(training) + [True] * len(regularisation))
-        balanced = balanced_repeats(repeats, is_reg)
-        assert balanced[~is_reg].tolist() == training
-        assert balanced[is_reg].sum() == sum(training)
-        rounds = balanced[is_reg] / regularisation
+        balanced = balanced_repeats(np.array(regularisation), sum(training))
+        assert balanced.sum() == sum(training)
+        rounds = balanced / regularisation
         assert rounds.max() - rounds.min() <= 1
 
 
-class TestDecoding:
-    def test_exif_orientation_turns_the_image(self, tmp_path):
-        pixels = np.zeros((20, 30, 3), dtype=np.uint8)
-        pixels[:, :15] = 255
-        exif = Image.Exif()
-        exif[0x0112] = 6  # show turned by 90 degrees clockwise
-        for name in ("a.png", "a.webp"):
-            options = {"lossless": True} if name.endswith("webp") else {}
-            Image.fromarray(pixels).save(tmp_path / name, exif=exif, **options)
-            assert images.read_size(tmp_path / name) == (20, 30)
-            decoded = images.load(tmp_path / name)
-            assert decoded.shape == (30, 20, 3)
-            assert decoded[0].min() == 255
-            assert decoded[-1].max() == 0
+class TestBadFolders:
+    def test_captions_without_image_are_counted_and_named(self, tmp_path, said):
+        picture(tmp_path / "a.png", caption="x")
+        (tmp_path / "b.caption").write_text("y")
+        (tmp_path / "c.caption").write_text("y")
+        assert scan([dataset(subset(tmp_path))]).reports[0].captions_without_image == 2
+        assert said == [f"{tmp_path}: 2 captions have no image: b.caption, c.caption"]
 
-    def test_exif_orientation_of_a_transparent_image(self, tmp_path):
-        pixels = np.zeros((20, 30, 4), dtype=np.uint8)
-        pixels[:, :15, 3] = 255
+    def test_two_images_may_share_a_caption(self, tmp_path, said):
+        picture(tmp_path / "a.png", caption="x")
+        picture(tmp_path / "a.bmp")
+        table = scan([dataset(subset(tmp_path))])
+        assert [record.caption for record in table] == ["x", "x"]
+        assert said == []
+
+    def test_files_that_vanish_while_they_are_read(self, tmp_path, said, monkeypatch):
+        for name in "abc":
+            picture(tmp_path / f"{name}.png", caption=name)
+
+        def listing(*arguments, **options):
+            found = list_folder(*arguments, **options)
+            (tmp_path / "a.png").unlink()
+            (tmp_path / "b.caption").unlink()
+            return found
+
+        monkeypatch.setattr("library.data.scanning.sources.list_folder", listing)
+        table = scan([dataset(subset(tmp_path, class_tokens="dog"))])
+        assert [record.caption for record in table] == ["dog", "c"]
+        assert table.reports[0].broken == ("a.png",)
+        assert "a.png (it is no longer there)" in said[0]
+        assert "1 captions cannot be read and count as missing: b.caption" in said[1]
+
+    def test_a_folder_that_vanishes_is_left_out(self, tmp_path, said):
+        picture(tmp_path / "a/1.png", caption="x")
+        assert len(scan([dataset(subset(tmp_path / "a"), subset(tmp_path / "gone"))])) == 1
+        assert "gone: the folder cannot be read and is left out" in said[0]
+
+    def test_animations_are_counted(self, tmp_path, said):
+        frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+        frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+        picture(tmp_path / "still.png")
+        assert scan([dataset(subset(tmp_path, class_tokens="a"))]).reports[0].animated == 1
+        assert "1 images are animations, of which the first frame is used: moving.webp" in said[0]
+
+    def test_slow_disks_are_read_by_several_threads_in_the_same_order(self, tmp_path, monkeypatch):
+        for number in range(200):
+            picture(tmp_path / f"{number:03d}.png", (8 + number, 8), caption=str(number))
+        threads = set()
+
+        def slow(path, **options):
+            time.sleep(0.002)
+            threads.add(threading.get_ident())
+            return read_header(path, **options)
+
+        monkeypatch.setattr("library.data.scanning.sources.read_header", slow)
+        table = scan([dataset(subset(tmp_path))])
+        assert len(threads) > 2
+        assert [(record.width - 8, record.caption) for record in table] == [(n, str(n)) for n in range(200)]
+
+
+class TestSizes:
+    def test_turned_images_are_read_as_stored_in_the_legacy_way(self, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = 6
-        Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-        decoded = images.load(tmp_path / "a.png")
-        assert decoded.shape == (30, 20, 3)
-        assert (decoded[0].max(), decoded[-1].min()) == (0, 255)
+        Image.new("RGB", (100, 50)).save(tmp_path / "a.jpg", exif=exif)
+        sizes = [
+            (table[0].width, table[0].height)
+            for legacy in (False, True)
+            for table in [scan([dataset(subset(tmp_path, class_tokens="a", legacy_image_decode=legacy))])]
+        ]
+        assert sizes == [(50, 100), (100, 50)]
 
-    def test_transparency_shows_white(self, tmp_path):
-        pixels = np.zeros((4, 4, 4), dtype=np.uint8)
-        pixels[:2, :, 3] = 255
-        pixels[2, :, 3] = 127
-        Image.fromarray(pixels).save(tmp_path / "rgba.png")
-        decoded = images.load(tmp_path / "rgba.png")
-        assert decoded[0].max() == 0
-        assert abs(int(decoded[2, 0, 0]) - 128) <= 1
-        assert decoded[3].min() == 255
+    def test_small_images_are_skipped_and_counted(self, tmp_path, said):
+        for width in (16, 32, 33):
+            picture(tmp_path / f"{width}.png", (width, 32), caption="x")
+        table = scan([dataset(subset(tmp_path), skip_image_resolution=(32, 32))])
+        assert [record.width for record in table] == [33]
+        assert table.reports[0].skipped_small == 2
+        assert (
+            "2 of 3 images are not larger than skip_image_resolution 32x32 and are left out; the first is 16.png"
+            in said[0]
+        )
 
-    def test_palettes_with_and_without_transparency(self, tmp_path):
-        image = Image.new("P", (4, 4))
-        image.putpalette([255, 0, 0, 0, 0, 255])
-        image.putpixel((1, 1), 1)
-        image.save(tmp_path / "plain.png")
-        image.save(tmp_path / "clear.png", transparency=0)
-        assert images.load(tmp_path / "plain.png")[0, 0].tolist() == [255, 0, 0]
-        decoded = images.load(tmp_path / "clear.png")
-        assert decoded[0, 0].tolist() == [255, 255, 255]
-        assert decoded[1, 1].tolist() == [0, 0, 255]
+    def test_enlarged_images_and_aspect_errors_are_reported(self, tmp_path):
+        picture(tmp_path / "large.png", (128, 128), caption="x")
+        picture(tmp_path / "small.png", (30, 30), caption="x")
+        picture(tmp_path / "wide.png", (90, 50), caption="x")
+        report = scan([dataset(subset(tmp_path))]).reports[0]
+        assert report.upscaled == 1
+        assert report.aspect_error == pytest.approx(abs(90 / 50 - 80 / 48) / 3)
 
-    def test_grey_16_bit_and_cmyk(self, tmp_path):
-        Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16)).save(tmp_path / "deep.png")
-        assert images.load(tmp_path / "deep.png")[0, 0].tolist() == [0x80] * 3
-        Image.fromarray(np.full((4, 4), 7, dtype=np.uint8)).save(tmp_path / "grey.png")
-        assert images.load(tmp_path / "grey.png")[0, 0].tolist() == [7] * 3
-        Image.new("CMYK", (4, 4), (0, 0, 0, 255)).save(tmp_path / "print.jpg")
-        assert images.load(tmp_path / "print.jpg").max() < 5
+    def test_the_geometry_leads_to_the_bucket(self, tmp_path):
+        picture(tmp_path / "a.png", (90, 50), caption="x")
+        config = dataset(subset(tmp_path))
+        (record,) = scan([config])
+        assert geometry_of(record, config.buckets()) == config.buckets().choose((90, 50))
 
-    def test_broken_files(self, tmp_path):
-        whole = picture(tmp_path / "a.png", (200, 200)).read_bytes()
-        (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-        assert images.read_size(tmp_path / "cut.png") == (200, 200)
-        for name in ("cut.png", "gone.png"):
-            with pytest.raises(images.BrokenImage):
-                images.load(tmp_path / name)
 
-    @pytest.mark.parametrize("size", [(90, 40), (40, 90), (20, 20), (64, 64), (65, 63)])
-    def test_examples_have_the_size_of_the_bucket(self, tmp_path, size):
-        path = picture(tmp_path / "a.png", size)
-        geometry = dataset().buckets().choose(size)
-        assert images.example(path, geometry).shape == (geometry.bucket[1], geometry.bucket[0], 3)
+class TestMasks:
+    def test_masks_have_the_stem_of_their_image(self, tmp_path, said):
+        for name in ("a.jpg", "b.png", "c.png"):
+            picture(tmp_path / name, caption="x")
+        for name in ("a.PNG", "b.webp", "other.png"):
+            picture(tmp_path / "mask" / name)
+        table = scan([dataset(subset(tmp_path, conditioning_data_dir=tmp_path / "mask"))])
+        assert [record.mask for record in table] == [str(tmp_path / "mask/a.PNG"), str(tmp_path / "mask/b.webp"), ""]
+        report = table.reports[0]
+        assert (report.masks_found, report.masks_missing, report.stray_masks) == (2, 1, 1)
+        assert "1 of 3 images" in said[0]
+        assert said[0].endswith("have no mask: c.png")
+        assert said[1].endswith(": other.png")
 
-    def test_shrinking_averages(self):
-        image = np.zeros((8, 8, 3), dtype=np.uint8)
-        image[::2] = 200
-        assert np.unique(images.resize(image, (4, 4))).tolist() == [100]
+    def test_no_folder_of_masks_is_no_missing_mask(self, tmp_path):
+        picture(tmp_path / "a.png", caption="x")
+        table = scan([dataset(subset(tmp_path))])
+        assert (table[0].mask, table.reports[0].masks_missing) == ("", 0)
 
-    def test_model_range_and_mirroring(self):
-        image = np.zeros((2, 3, 3), dtype=np.uint8)
-        image[:, 0] = 255
-        values = images.to_model_range(images.flip(image))
-        assert values.shape == (3, 2, 3)
-        assert values.dtype == np.float32
-        assert values[0, 0].tolist() == [-1, -1, 1]
+
+class TestCacheStems:
+    def test_images_with_one_stem_have_caches_of_their_own(self, tmp_path):
+        for name in ("a.bmp", "a.png", "b.c.png", "b.png"):
+            picture(tmp_path / name, caption="x")
+        stems = [os.path.basename(record.cache_stem) for record in scan([dataset(subset(tmp_path))])]
+        assert stems == ["a", "a.png", "b.c", "b"]
+
+
+class TestHoldingOut:
+    def held_out(self, folder, **options):
+        tables = [scan([dataset(subset(folder, **options)), dataset(subset(folder, **options), resolution=(96, 96))])]
+        return [(r.dataset, os.path.basename(r.path)) for table in tables for r in table if r.validation]
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for number in range(20):
+            picture(tmp_path / f"{number}.png", caption="x")
+        return tmp_path
+
+    def test_a_share_is_in_no_batch_and_the_same_at_each_resolution(self, folder):
+        config = [dataset(subset(folder, validation_split=0.13, num_repeats=2))]
+        table = scan(config)
+        assert table.reports[0].held_out == 3
+        assert [table[i].repeats for i in table.held_out] == [0, 0, 0]
+        assert table.in_use == 17
+        used = {i for _, _, members in table.by_bucket() for i in members}
+        assert not used & set(table.held_out)
+        ((_, _, members),) = table.by_bucket(table.held_out)
+        assert members.tolist() == table.held_out.tolist()
+        pairs = self.held_out(folder, validation_split=0.13)
+        assert {name for number, name in pairs if number == 0} == {name for number, name in pairs if number == 1}
+
+    def test_the_seed_chooses(self, folder):
+        choices = [self.held_out(folder, validation_split=0.2, validation_seed=seed) for seed in (None, 0, 1)]
+        assert choices[0] == choices[1] != choices[2]
+
+    def test_at_least_one_and_never_all(self, folder, tmp_path):
+        assert len(self.held_out(folder, validation_split=0.001)) == 2
+        assert len(self.held_out(folder, validation_split=1.0)) == 38
+        assert self.held_out(folder, validation_split=0.0) == []
+
+    def test_regularisation_images_are_not(self, folder, tmp_path):
+        picture(tmp_path / "train/a.png", caption="x")
+        train, reg = subset(tmp_path / "train", validation_split=0.5), subset(folder, is_reg=True, validation_split=0.5)
+        assert not scan([dataset(train, reg)]).held_out.size
+
+
+class TestUses:
+    def test_images_per_epoch_are_shared_by_those_that_train(self, tmp_path):
+        for number in range(8):
+            picture(tmp_path / f"{number}.png", caption="x")
+        table = scan([dataset(subset(tmp_path, images_per_epoch=12, validation_split=0.25))])
+        assert sorted({record.repeats for record in table}) == [0, 2]
+        assert table.repeats.sum() == 12
+
+    def test_regularisation_matches_whole_uses(self, tmp_path):
+        for name in ("train/1", "train/2", "train/3", "reg/1", "reg/2"):
+            picture(tmp_path / f"{name}.png", caption="x")
+        table = scan([dataset(subset(tmp_path / "train", num_repeats=1.3), subset(tmp_path / "reg", is_reg=True))])
+        assert table.repeats.tolist() == [1.3, 1.3, 1.3, 2, 2]

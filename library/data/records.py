@@ -4,28 +4,22 @@ The table is a folder of memory-mapped columns. Processes share its pages and pi
 its bytes once per machine and no Python object; `table[i]` is a view made when asked for.
 """
 
-import dataclasses
 import json
 import os
-import unicodedata
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from library.console import rank, warn
-from library.data.buckets import Buckets, Size
-from library.data.config import DatasetConfig, SubsetConfig
-from library.data.files import file_names, is_image
-from library.data.images import BrokenImage, read_size
+from library.data.buckets import Buckets, Geometry, Size, cover
+from library.data.config import DatasetConfig
+from library.data.scanning.columns import TextColumn
+from library.data.scanning.scan import COLUMNS, TEXTS, Builder, SubsetReport, printable
 from library.data.scratch import ScratchFolder
-from library.errors import UserError, some
+from library.errors import UserError
 
 NOTHING_DECODES = "no image to train on is left: not one of them can be decoded"
-_CAPTION_EXTENSIONS = (".txt", ".caption", ".tags")  # what captions are usually found in
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,35 +38,39 @@ class Record:
     dataset: int
     subset: int
     """Index within its dataset."""
-    repeats: int
-    """Times it is used per epoch; 0 for regularisation images in excess of the training samples."""
-
-
-@dataclass(frozen=True, slots=True)
-class SubsetReport:
-    """What a scan found in one image folder."""
-
-    dataset: int
-    subset: int
-    images: int
-    captions_missing: int
-    broken: tuple[str, ...]
-    """Names of the files that should be images and cannot be read."""
+    repeats: float
+    """Times it is used per epoch, on average; 0 for regularisation images in excess of the training samples."""
+    validation: bool
+    """Whether it is held out; then its repeats are 0."""
+    mask: str
+    """Path of its mask file, or nothing."""
+    cache_stem: str
+    """Path that the names of its caches start with; no other image of its folder has the same."""
 
 
 class RecordTable:
     """All images of a run, sorted by dataset, subset and normalised file name. Made by `scan`."""
 
+    sizes: np.ndarray
+    """(N, 2) int32 width and height"""
+    buckets: np.ndarray
+    """(N, 2) int32 the same of its bucket"""
+    subsets: np.ndarray
+    """(N, 2) int32 dataset and subset"""
+    repeats: np.ndarray
+    """(N,) float64 uses per epoch"""
+    validation: np.ndarray
+    """(N,) bool, held out"""
+
     def __init__(self, folder: Path, scratch: ScratchFolder | None = None):
         self.folder = folder
-        self.sizes, self.buckets, self.subsets, self.repeats = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("sizes", "buckets", "subsets", "repeats")
-        )
-        """(N, 2) width and height; (N, 2) the same of its bucket; (N, 2) dataset and subset; (N,) uses per epoch"""
-        self._names = _TextColumn(folder, "names")
-        self._captions = _TextColumn(folder, "captions")
+        for name in COLUMNS:
+            setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
+        self._names, self._captions, self._masks = (TextColumn(folder, name) for name in TEXTS)
         facts = json.loads((folder / "facts.json").read_text())
-        self._image_dirs: list[list[str]] = facts["image_dirs"]
+        self._roots: list[list[str]] = facts["roots"]
+        self._mask_roots: list[list[str]] = facts["mask_roots"]
+        self._predefined: list[bool] = facts["predefined"]
         self.reports = tuple(
             SubsetReport(**(report | {"broken": tuple(report["broken"])})) for report in facts["reports"]
         )
@@ -87,18 +85,22 @@ class RecordTable:
     def __getitem__(self, index: int) -> Record:
         dataset, subset = self.subsets[index].tolist()
         width, height = self.sizes[index].tolist()
-        name = self._names[index]
+        name, mask = self._names[index], self._masks[index]
+        path = os.path.join(self._roots[dataset][subset], name)
         return Record(
             index=int(index),
             key=_key(dataset, subset, name),
-            path=os.path.join(self._image_dirs[dataset][subset], name),
+            path=path,
             caption=self._captions[index],
             width=width,
             height=height,
             bucket=tuple(self.buckets[index].tolist()),
             dataset=dataset,
             subset=subset,
-            repeats=int(self.repeats[index]),
+            repeats=float(self.repeats[index]),
+            validation=bool(self.validation[index]),
+            mask=mask and os.path.join(self._mask_roots[dataset][subset], mask),
+            cache_stem=path if self.shared_stems[index] else os.path.splitext(path)[0],
         )
 
     def __iter__(self) -> Iterator[Record]:
@@ -108,6 +110,15 @@ class RecordTable:
     def in_use(self) -> int:
         """How many of the images are used at all."""
         return int(np.count_nonzero(self.repeats))
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """The indices of the images for validation, which are in no batch."""
+        return np.flatnonzero(self.validation)
+
+    def predefined(self, dataset: int) -> bool:
+        """Whether the buckets of a dataset are the train_resolutions of its metadata files."""
+        return self._predefined[dataset]
 
     def training(self, datasets: Sequence[DatasetConfig]) -> np.ndarray:
         """(N,) whether each image is in use and no regularisation image."""
@@ -126,192 +137,64 @@ class RecordTable:
         """`self[index].caption`, without making the rest of the record."""
         return self._captions[index]
 
-    def by_bucket(self) -> Iterator[tuple[int, Size, np.ndarray]]:
-        """(dataset, bucket, records) for each bucket of each dataset that has images in use, in that order."""
-        used = np.flatnonzero(self.repeats)
-        owners = np.column_stack([self.subsets[used, 0], self.buckets[used]])
-        for dataset, width, height in np.unique(owners, axis=0).tolist():
-            yield dataset, (width, height), used[(owners == (dataset, width, height)).all(axis=1)]
+    def by_bucket(self, records: np.ndarray | None = None) -> Iterator[tuple[int, Size, np.ndarray]]:
+        """(dataset, bucket, records) for each bucket of each dataset, in that order.
+
+        Of all images in use, or of `records`, which must be sorted.
+        """
+        used = np.flatnonzero(self.repeats) if records is None else records
+        owners = self.subsets[used, 0].astype(np.int64)
+        for side in (0, 1):
+            owners = owners << 20 | self.buckets[used, side]
+        order = np.argsort(owners, kind="stable")
+        codes, firsts = np.unique(owners[order], return_index=True)
+        for code, members in zip(codes.tolist(), np.split(used[order], firsts)[1:], strict=True):
+            yield code >> 40, (code >> 20 & 0xFFFFF, code & 0xFFFFF), members
 
 
 def scan(datasets: Sequence[DatasetConfig]) -> RecordTable:
     """Reads the names, sizes and captions of all images into a temporary table, deleted with this process.
 
     Only headers of images are read. What cannot be read and folders without images are left out with a warning. Raises
-    UserError if no training image is left, or if captions lie beside the images under another extension than chosen.
+    UserError if no training image is left, if captions lie beside the images under another extension than chosen, or
+    for a metadata file that cannot be understood or needs a resolution.
     """
-    builder = _Builder()
+    scratch = ScratchFolder("records")
+    builder = Builder(scratch.path)
     for index, dataset in enumerate(datasets):
         builder.add(index, dataset)
     if not builder.training_images:
-        training = [str(subset.image_dir) for dataset in datasets for subset in dataset.subsets if not subset.is_reg]
-        where = ", ".join(training) or "the datasets"
-        raise UserError(f"no image to train on is left in {where}: put readable images there")
+        subsets = [subset for dataset in datasets for subset in dataset.subsets if not subset.is_reg]
+        where = ", ".join(str(subset.metadata_file or subset.image_dir) for subset in subsets) or "the datasets"
+        folders = any(subset.metadata_file and subset.image_dir is None for subset in subsets)
+        remedy = "set image_dir to the folder of its images" if folders else "put readable images there"
+        raise UserError(f"no image to train on is left in {where}: {remedy}")
     builder.warn_of_empty_captions()
-    scratch = ScratchFolder("records")
-    builder.write(scratch.path)
-    image_dirs = [[os.fspath(subset.image_dir) for subset in dataset.subsets] for dataset in datasets]
-    facts = {"image_dirs": image_dirs, "reports": [dataclasses.asdict(report) for report in builder.reports]}
-    (scratch.path / "facts.json").write_text(json.dumps(facts))
+    builder.write()
     return RecordTable(scratch.path, scratch)
 
 
-class _Builder:
-    """Collects the columns in compact form while folders are scanned."""
-
-    def __init__(self):
-        self.sizes, self.buckets, self.subsets, self.repeats = (array("i") for _ in range(4))
-        self.names, self.captions = _TextWriter(), _TextWriter()
-        self.reports: list[SubsetReport] = []
-        self.training_images = 0
-        self.empty_captions = 0
-        self.first_empty = ""
-
-    def add(self, index: int, dataset: DatasetConfig) -> None:
-        """Scans the subsets of one dataset."""
-        first = len(self.repeats)
-        buckets = dataset.buckets()
-        is_reg = array("b")
-        for number, subset in enumerate(dataset.subsets):
-            before = len(self.repeats)
-            self.reports.append(self._add_subset(index, number, subset, buckets))
-            is_reg.extend([subset.is_reg] * (len(self.repeats) - before))
-        repeats = balanced_repeats(np.array(self.repeats[first:]), np.array(is_reg, dtype=bool))
-        self.repeats[first:] = array("i", repeats.tolist())
-
-    def _add_subset(self, dataset: int, number: int, subset: SubsetConfig, buckets: Buckets) -> SubsetReport:
-        listing = set(file_names(subset.image_dir))
-        names = sorted(filter(is_image, listing), key=lambda name: (_normalised(name), name))
-        if not names:
-            warn(f"{subset.image_dir}: no images in it, the folder is left out")
-        missing: list[str] = []
-        unusual: list[str] = []
-        broken: dict[str, str] = {}
-        bar = tqdm(names, desc=f"reading {subset.name}", unit="img", delay=1, leave=False, disable=rank() > 0)
-        for name in bar:
-            try:
-                size = read_size(subset.image_dir / name)
-            except BrokenImage as problem:
-                broken[name] = str(problem)
-                continue
-            caption = subset.class_tokens
-            caption_name = os.path.splitext(name)[0] + subset.caption_extension
-            if caption_name in listing:
-                caption, is_utf8 = _read_caption(subset.image_dir / caption_name)
-                unusual += [] if is_utf8 else [caption_name]
-            else:
-                missing.append(name)
-            if not caption:
-                self.empty_captions += 1
-                self.first_empty = self.first_empty or os.path.join(subset.image_dir, name)
-            self.sizes.extend(size)
-            self.buckets.extend(buckets.choose(size).bucket)
-            self.subsets.extend((dataset, number))
-            self.repeats.append(subset.num_repeats)
-            self.names.append(name)
-            self.captions.append(caption)
-        if broken:
-            named = some([f"{name} ({reason})" for name, reason in broken.items()])
-            warn(f"{subset.image_dir}: {len(broken)} of {len(names)} images cannot be read and are left out: {named}")
-        if unusual:
-            warn(f"{subset.image_dir}: {len(unusual)} captions are not UTF-8 and are read as Latin-1: {some(unusual)}")
-        images = len(names) - len(broken)
-        self.training_images += 0 if subset.is_reg else images
-        _look_for_other_captions(subset, listing, missing, images)
-        return SubsetReport(dataset, number, images, len(missing), tuple(broken))
-
-    def warn_of_empty_captions(self) -> None:
-        if self.empty_captions:
-            count = "1 image has" if self.empty_captions == 1 else f"{self.empty_captions} images have"
-            warn(
-                f"{count} neither a caption nor class tokens, or an empty caption file, and will be trained with an "
-                f"empty caption; the first is {self.first_empty}"
-            )
-
-    def write(self, folder: Path) -> None:
-        for name in ("sizes", "buckets", "subsets", "repeats"):
-            column = np.array(getattr(self, name), dtype=np.int32)
-            np.save(folder / f"{name}.npy", column if name == "repeats" else column.reshape(-1, 2))
-        self.names.write(folder, "names")
-        self.captions.write(folder, "captions")
+def geometry_of(record: Record, buckets: Buckets | None) -> Geometry:
+    """How the image gets to its bucket; `buckets` are its dataset's, None where metadata says all of them."""
+    size = record.width, record.height
+    chosen = buckets and buckets.choose(size)
+    return chosen if chosen and chosen.bucket == record.bucket else cover(size, record.bucket)
 
 
-def balanced_repeats(repeats: np.ndarray, is_reg: np.ndarray) -> np.ndarray:
-    """Uses per epoch (N,), so that regularisation images are used as often in all as training images.
-
-    The regularisation images are gone through in order, each `repeats` times in a row, and again from the start, until
-    there are enough: a long list is cut, a short one repeated.
-    """
-    balanced = repeats.copy()
-    cycle = repeats[is_reg]
-    if len(cycle):
-        rounds, rest = divmod(int(repeats[~is_reg].sum()), int(cycle.sum()))
-        used_before = np.cumsum(cycle) - cycle
-        balanced[is_reg] = rounds * cycle + np.clip(rest - used_before, 0, cycle)
-    return balanced
-
-
-def _look_for_other_captions(subset: SubsetConfig, listing: set[str], missing: list[str], images: int) -> None:
-    """Captions that are there but not under the subset's extension are more likely overlooked than not wanted."""
-    stems = [os.path.splitext(name)[0] for name in missing]
-    counts = {extension: sum(stem + extension in listing for stem in stems) for extension in _CAPTION_EXTENSIONS}
-    extension, count = max(counts.items(), key=lambda item: item[1])
-    if not count:
-        return
-    found = f"{count} of the {images} images have a {extension} file and no {subset.caption_extension} file"
-    if len(missing) < images or subset.is_reg:
-        warn(f"{subset.image_dir}: {found}: the {extension} files are not used")
-        return
-    setting = f'set caption_extension = "{extension}" in {subset.place}, or ' if subset.place else ""
-    raise UserError(f"{subset.image_dir}: {found}: {setting}use --caption_extension {extension}")
-
-
-def _read_caption(path: Path) -> tuple[str, bool]:
-    """The text of a caption file without blank edges, and whether it was UTF-8 (or UTF-16 that says so)."""
-    data = path.read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text, known = data.decode(encoding), True
-    except UnicodeDecodeError:
-        text, known = data.decode("latin-1"), False
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return "\n".join(line.strip() for line in lines).strip("\n"), known
-
-
-def _normalised(name: str) -> str:
-    """One spelling for file names that differ only in how accents are composed, as between macOS and the others."""
-    return unicodedata.normalize("NFC", name)
+def check_buckets(table: RecordTable, datasets: Sequence[DatasetConfig], step: int) -> None:
+    """Raises UserError if a train_resolution is no multiple of the model's bucket step."""
+    unfit = np.flatnonzero((np.asarray(table.buckets) % step).any(axis=1))
+    given = [index for index in range(len(datasets)) if table.predefined(index)]
+    unfit = unfit[np.isin(table.subsets[unfit, 0], given)]
+    if len(unfit):
+        record = table[unfit[0]]
+        width, height = (max(round(side / step), 1) * step for side in record.bucket)
+        file = datasets[record.dataset].subsets[record.subset].metadata_file
+        raise UserError(
+            f"{file}: {os.path.basename(record.path)}: train_resolution {record.bucket[0]}x{record.bucket[1]} is no "
+            f"multiple of {step}, which this model needs: prepare the latents again, for {width}x{height} or the like"
+        )
 
 
 def _key(dataset: int, subset: int, name: str) -> str:
-    text = f"{dataset}/{subset}/{_normalised(name)}"
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-class _TextWriter:
-    """Texts one after the other in one UTF-8 blob, with the offset of each."""
-
-    def __init__(self):
-        self.blob = bytearray()
-        self.offsets = array("q", [0])
-
-    def append(self, text: str) -> None:
-        self.blob += text.encode("utf-8", "surrogateescape")
-        self.offsets.append(len(self.blob))
-
-    def write(self, folder: Path, name: str) -> None:
-        np.save(folder / f"{name}.offsets.npy", np.array(self.offsets, dtype=np.int64))
-        # An empty file cannot be mapped; nobody reads the byte added here.
-        np.save(folder / f"{name}.npy", np.frombuffer(bytes(self.blob) + b"\0", dtype=np.uint8))
-
-
-class _TextColumn:
-    """What `_TextWriter` wrote, memory-mapped."""
-
-    def __init__(self, folder: Path, name: str):
-        self.blob = np.load(folder / f"{name}.npy", mmap_mode="r")
-        self.offsets = np.load(folder / f"{name}.offsets.npy", mmap_mode="r")
-
-    def __getitem__(self, index: int) -> str:
-        start, stop = self.offsets[index : index + 2].tolist()
-        return self.blob[start:stop].tobytes().decode("utf-8", "surrogateescape")
+    return f"{dataset}/{subset}/{printable(name.replace(os.sep, '/'))}"

@@ -1,0 +1,1 @@
+"""Folders and metadata files -> the columns of a RecordTable."""
