@@ -1,33 +1,33 @@
 """Cached latents: the same as encoding on the spot, whatever the group size, and never silently wrong."""
 
-import errno
 import pickle
+import threading
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import avg_pool2d
 
-from library.data.cache import cache_latents
+from library.data import images
+from library.data.caching.cache import make_latents
+from library.data.caching.latents_plan import plan_latents
 from library.data.dataset import ImageDataset, make_loader
 from library.data.plan import PlanSampler, RunPlan
-from library.data.records import scan
+from library.data.records import geometry_of, scan
+from library.data.scratch import ScratchFolder
 from library.errors import UserError
+from tests.latents import LAYOUT, cache_latents, encode
 from tests.pictures import dataset, picture, subset
-
-
-def encode(images: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-    """Stands in for a VAE: (B, 4, H/8, W/8), with a draw per seed."""
-    means = avg_pool2d(images, 8)
-    draws = [torch.randn(4, *means.shape[2:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.cat([means, means.mean(1, keepdim=True)], 1) + torch.stack(draws)
 
 
 @pytest.fixture
 def said(monkeypatch):
     """Warnings to the user."""
     messages = []
-    for module in ("cache", "dataset"):
+    for module in ("caching.cache", "dataset"):
         monkeypatch.setattr(f"library.data.{module}.warn", messages.append)
     return messages
 
@@ -165,9 +165,52 @@ def test_regularisation_images_alone_are_not_enough(tmp_path, datasets, said):
         cache_latents(scan(datasets), datasets, encode)
 
 
-def test_a_full_disk_is_reported_with_a_remedy(datasets):
-    def full(images, seeds):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_reported_with_a_remedy(datasets, monkeypatch):
+    class FullFolder(ScratchFolder):
+        def __init__(self, purpose: str):
+            super().__init__(purpose)
+            (self.path / "latents.bin").symlink_to("/dev/full")
 
-    with pytest.raises(UserError, match="TMPDIR"):
-        cache_latents(scan(datasets), datasets, full)
+    table = scan(datasets)
+    monkeypatch.setattr("library.data.caching.cache.ScratchFolder", FullFolder)
+    with pytest.raises(UserError, match=r"full after the latents of 0 of 10 images: .* TMPDIR"):
+        cache_latents(table, datasets, encode)
+
+
+def test_images_are_decoded_while_others_are_encoded(datasets, monkeypatch):
+    """The encoder waits for the images of later groups, which another thread must be decoding."""
+    later = threading.Event()
+    decoded = []
+    original = images.example
+
+    def example(*arguments):
+        decoded.append(arguments[0])
+        if len(decoded) > 2:
+            later.set()
+        return original(*arguments)
+
+    def waiting(pixels, seeds):
+        assert later.wait(20)
+        return encode(pixels, seeds)
+
+    monkeypatch.setattr(images, "example", example)
+    cache_latents(scan(datasets), datasets, waiting, batch_size=2)
+    assert len(decoded) == 10
+
+
+def test_own_alpha_is_kept_as_it_is_without_a_cache(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(rng.integers(0, 256, (60, 90, 4), dtype=np.uint8)).save(tmp_path / "a" / "seen.png")
+    picture(tmp_path / "a" / "opaque.png", (90, 60))
+    datasets = (dataset(subset(tmp_path / "a", alpha_mask=True, flip_aug=True), batch_size=1),)
+    table = scan(datasets)
+    geometry = geometry_of(table[1], datasets[0].buckets())
+    wanted = images.example(table[1].path, geometry, datasets[0].subsets[0].images, None).mask
+    memory = cache_latents(table, datasets)
+    disk = make_latents(plan_latents(table, datasets, LAYOUT, to_disk=True), encode)
+    for cache in (memory, disk):
+        assert np.array_equal(cache.alpha_mask(table[1]), wanted)
+        assert (cache.alpha_mask(table[0]) == 1).all()
+    assert memory.alpha_mask(table[0]).shape == table[0].bucket[::-1]

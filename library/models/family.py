@@ -17,6 +17,7 @@ from library.errors import UserError, some
 from library.models.checkpoint import WeightsFile, open_weights, write_tensors
 from library.models.noise import NoiseProcess, torch_generator
 from library.models.sgm_keys import KeyMap, Shapes, is_carried, is_dropped, usual_spelling
+from library.models.text import TextOutputs, Tokenizer
 from library.transfer import to_device
 
 
@@ -72,6 +73,8 @@ class Family(nn.Module, ABC):
     base_model_version: str  # as in the metadata key ss_base_model_version
     architecture: str  # as in the metadata key modelspec.architecture
     latents: LatentSpec
+    latents_suffix: str  # end of the names of files of cached latents
+    text_outputs: TextOutputs
     text_encoders: nn.ModuleList
     vae: nn.Module
     unet: nn.Module
@@ -94,6 +97,11 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def build(cls, shapes: Shapes) -> "Family":
         """The modules for an original file with these tensors, weights as their classes initialise them."""
+
+    @classmethod
+    @abstractmethod
+    def tokenizers(cls) -> dict[str, Tokenizer]:
+        """The tokenizers of its text encoders, by the encoders' usual names."""
 
     @abstractmethod
     def parts(self) -> list[tuple[nn.Module, KeyMap]]:
@@ -138,15 +146,32 @@ class Family(nn.Module, ABC):
         return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float()
 
     @classmethod
+    def load_vae(
+        cls, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> "Family":
+        """A model whose autoencoder is read from an original single file, in evaluation mode, and nothing else: its
+        other weights are nowhere. UserError if the file's autoencoder is not complete.
+        """
+        with open_weights(path) as file:
+            keys = {usual_spelling(key): key for key in file.shapes()}
+            with torch.device("meta"), complete(cls, file):
+                model = cls.build(usual_shapes(file))
+            names = next(names for module, names in model.parts() if module is model.vae)
+            _fill(model.vae, names, file, keys, dtype=dtype, device=device)
+        _assert_materialised(model.vae)
+        return model.eval()
+
+    @classmethod
     def load(
         cls,
         path: str | os.PathLike,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         vae_dtype: torch.dtype | None = None,
+        vae_device: torch.device | str | None = None,
     ) -> "Family":
-        """Read an original single file, in evaluation mode; `vae_dtype` is the autoencoder's precision if it differs.
-        UserError if the file is not a complete model of this family.
+        """Read an original single file, in evaluation mode; `vae_dtype` and `vae_device` are the autoencoder's if they
+        differ. UserError if the file is not a complete model of this family.
         """
         with open_weights(path) as file:
             keys = {usual_spelling(key): key for key in file.shapes()}
@@ -154,8 +179,8 @@ class Family(nn.Module, ABC):
                 model = cls.build(usual_shapes(file))
             left = set(keys)
             for module, names in model.parts():
-                chosen = vae_dtype if module is model.vae and vae_dtype is not None else dtype
-                left -= _fill(module, names, file, keys, dtype=chosen, device=device)
+                special = (vae_dtype or dtype, vae_device or device) if module is model.vae else (dtype, device)
+                left -= _fill(module, names, file, keys, dtype=special[0], device=special[1])
             unknown = sorted(keys[name] for name in left if not is_dropped(name) and not is_carried(name))
             if unknown:
                 raise UserError(f"{file.path} holds tensors that no {cls.title} model has: {some(unknown)}")

@@ -147,7 +147,6 @@ def training_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, s
         "epoch": run.epoch,
         "max_train_steps": run.max_train_steps,
         "num_epochs": run.num_epochs,
-        "num_validation_images": 0,
         "optimizer": run.optimizer,
         "sd_model_name": run.base.name,
         "sd_scripts_commit_hash": commit_hash(),
@@ -162,7 +161,7 @@ def training_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, s
     data = {name: _text(value) for name, value in run.datasets.items()}
     if data.get("ss_bucket_info") == "None":
         data["ss_bucket_info"] = "null"  # there is none without bucketing, but readers expect JSON all the same
-    return data | {f"ss_{name}": _text(value) for name, value in fields.items()}
+    return {f"ss_{name}": _text(value) for name, value in fields.items()} | data
 
 
 def modelspec(settings: Mapping[str, Any], run: RunFacts, kind: str = "") -> dict[str, str]:

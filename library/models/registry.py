@@ -1,5 +1,6 @@
 """Which families there are, and which of them a file belongs to."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +12,11 @@ from library.errors import UserError, some
 from library.models.checkpoint import Hashes, WeightsFile, hash_file, open_weights
 from library.models.family import Family, LatentSpec, complete, usual_shapes
 from library.models.sd import StableDiffusion1
+from library.models.sgm_keys import VAE_PREFIX, is_carried, usual_spelling
 
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion1,)
+
+_VAE_ENCODER = (f"{VAE_PREFIX}encoder.", f"{VAE_PREFIX}quant_conv.")
 
 # What files that are no model of ours look like: part of a tensor's name -> what to say.
 _OTHER_FILES = {
@@ -58,14 +62,33 @@ class ModelInfo:
         """The file's hashes; reads all of it, once."""
         return hash_file(self.path)
 
+    @cached_property
+    def vae_fingerprint(self) -> str:
+        """What tells autoencoders apart that make different latents: a hash of the encoder's weights as they are
+        stored, under the layout's own names. Reads them once; decoders make no difference.
+        """
+        with open_weights(self.path) as file:
+            return fingerprint(file, _VAE_ENCODER)
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """The same for its text encoders."""
+        with open_weights(self.path) as file:
+            return fingerprint(file, self.family.text_outputs.prefixes)
+
+    def load_vae(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
+        """Read the model's autoencoder alone; see `Family.load_vae`."""
+        return self.family.load_vae(self.path, dtype, device)
+
     def load(
         self,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         vae_dtype: torch.dtype | None = None,
+        vae_device: torch.device | str | None = None,
     ) -> Family:
         """Read the model; see `Family.load`."""
-        return self.family.load(self.path, dtype, device, vae_dtype)
+        return self.family.load(self.path, dtype, device, vae_dtype, vae_device)
 
 
 def inspect_model(path: str | os.PathLike) -> ModelInfo:
@@ -85,3 +108,16 @@ def load_model(
 ) -> Family:
     """Load a model file of whichever family it is; see `Family.load`."""
     return inspect_model(path).load(dtype, device, vae_dtype)
+
+
+def fingerprint(file: WeightsFile, prefixes: tuple[str, ...]) -> str:
+    """A hash of the tensors whose names start with one of `prefixes`: names, formats, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    keys = {usual_spelling(key): key for key in file.keys()}  # noqa: SIM118 - a file is no mapping
+    for name in sorted(keys):
+        if name.startswith(prefixes) and not is_carried(name):
+            tensor = file.get(keys[name])
+            # weights of Linear layers and of 1x1 convolutions hold the same numbers
+            digest.update(f"{name} {tensor.dtype} {list(tensor.squeeze().shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

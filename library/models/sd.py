@@ -21,7 +21,7 @@ from library.models.sgm_keys import (
     vae_config,
     vae_key_map,
 )
-from library.models.text import TextEncoder, Tokenizer
+from library.models.text import TextEncoder, TextOutputs, Tokenizer
 
 
 class StableDiffusion1(Family):
@@ -31,6 +31,8 @@ class StableDiffusion1(Family):
     title = "Stable Diffusion 1.x"
     base_model_version = "sd_v1"
     architecture = "stable-diffusion-v1"
+    latents_suffix = "_sd.npz"
+    text_outputs = TextOutputs("_sd_te_outputs.npz", {"hidden_state1": "hidden_state1"}, (CLIP_PREFIX,))
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: TextEncoder):
         super().__init__()
@@ -38,7 +40,7 @@ class StableDiffusion1(Family):
         self.vae = vae
         self.unet = unet
         self.latents = _latent_spec(vae.config, unet.config)
-        self.tokenizer = Tokenizer()
+        (self.tokenizer,) = self.tokenizers().values()
 
     @classmethod
     def from_configs(
@@ -62,6 +64,10 @@ class StableDiffusion1(Family):
     @classmethod
     def build(cls, shapes: Shapes) -> "StableDiffusion1":
         return cls.from_configs(unet_config(shapes), vae_config(shapes), clip_config(shapes))
+
+    @classmethod
+    def tokenizers(cls) -> dict[str, Tokenizer]:
+        return {"CLIP-L": Tokenizer()}
 
     def parts(self) -> list[tuple[nn.Module, KeyMap]]:
         return [

@@ -4,9 +4,11 @@ import gzip
 import html
 import re
 import unicodedata
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +94,43 @@ class Tokenizer:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Ids (B, 77), int64 on the CPU; what does not fit is cut off."""
         return torch.tensor([self.chunk(self.words(caption)) for caption in captions], dtype=torch.int64)
+
+
+class TextOutputs(NamedTuple):
+    """What a family's text encoders put out, for files that keep it."""
+
+    suffix: str
+    """End of the files' names."""
+    arrays: Mapping[str, str]
+    """Key of `encode_text`'s answer -> name of the array in a file."""
+    prefixes: tuple[str, ...]
+    """Beginnings of the names of the encoders' tensors in an original file."""
+
+
+class TokenReport(NamedTuple):
+    """How much of a caption an encoder reads."""
+
+    count: int
+    """Tokens of the whole caption, without begin and end."""
+    cut: str | None
+    """The end of the caption that is not read; None if all of it is."""
+
+
+def token_report(caption: str, tokenizer: Tokenizer, length: int = CHUNK) -> TokenReport:
+    """How many tokens a caption has, and what of it lies beyond the first `length` of them.
+
+    The end is given as it stands in the caption; where that cannot be told, because an HTML entity is in the way, as
+    the model would read it.
+    """
+    cleaned = clean(caption)
+    places = tokenizer.backend(cleaned, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if len(places) <= length:
+        return TokenReport(len(places), None)
+    start = places[length][0]
+    seen, rest = cleaned[:start].rstrip(), cleaned[start:].lstrip()
+    # cleaning a beginning of the caption gives a beginning of the cleaned caption, the longer the longer
+    cut = caption[bisect_left(range(len(caption)), len(seen), key=lambda end: len(clean(caption[:end]))) :]
+    return TokenReport(len(places), cut if clean(cut) == rest else rest)
 
 
 class TextEncoder(nn.Module):

@@ -1,0 +1,118 @@
+"""Which latents a run needs, which of them are on the disk, and in which groups the others are made. Needs no model."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from tqdm import tqdm
+
+from library.console import notice, rank
+from library.data.buckets import Buckets
+from library.data.caching import latents_file
+from library.data.caching.latents_file import Finding, LatentsLayout, Recipe, State
+from library.data.config import DatasetConfig
+from library.data.records import RecordTable, geometry_of
+
+_CHECKED_AT_A_TIME = 256
+_CHECKERS = 8  # threads: they mostly wait for the disk
+
+
+@dataclass(frozen=True)
+class LatentsPlan:
+    """What a run needs of latents, and what of it is on the disk."""
+
+    table: RecordTable
+    datasets: Sequence[DatasetConfig]
+    layout: LatentsLayout
+    states: np.ndarray
+    """(N,) State of each record"""
+    to_disk: bool
+    """Whether what is missing is to be kept in files beside the images."""
+
+    @property
+    def missing(self) -> int:
+        """How many images have to be encoded: if none has, no autoencoder is needed."""
+        return int(np.count_nonzero(self.states == State.MISSING))
+
+    @cached_property
+    def _buckets(self) -> list[Buckets]:
+        return [dataset.buckets() for dataset in self.datasets]
+
+    def recipe(self, index: int) -> Recipe:
+        """How the latents of a record are made."""
+        record = self.table[index]
+        options = self.datasets[record.dataset].subsets[record.subset].images
+        return Recipe(record, geometry_of(record, self._buckets[record.dataset]), options, self.layout)
+
+    def groups(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+        """The records that are encoded together, up to `batch_size` of one bucket: this process's share of the groups.
+
+        They are a function of the table, not of what is missing: what a VAE makes of an image differs in the last bits
+        with the size of the batch.
+        """
+        number = 0
+        for _, _, members in self.table.by_bucket(np.flatnonzero(self.states != State.UNUSED)):
+            for start in range(0, len(members), batch_size):
+                if number % world == rank:
+                    yield members[start : start + batch_size]
+                number += 1
+
+
+def plan_latents(
+    table: RecordTable,
+    datasets: Sequence[DatasetConfig],
+    layout: LatentsLayout,
+    *,
+    to_disk: bool = False,
+    skip_check: bool = False,
+    recache_unknown: bool = False,
+) -> LatentsPlan:
+    """Looks which latents are there already.
+
+    Files beside the images count with `to_disk`, and for datasets whose metadata says at which size each image's
+    latents were made. `skip_check`: that there is a file is enough. `recache_unknown`: files that do not tell which
+    autoencoder they are from are made again where the image is still there.
+    """
+    used = (table.repeats > 0) | table.validation
+    states = np.where(used, State.MISSING, State.UNUSED).astype(np.uint8)
+    with_files = np.array([to_disk or table.predefined(number) for number in range(len(datasets))])
+    plan = LatentsPlan(table, datasets, layout, states, to_disk)
+    sought = np.flatnonzero(used & with_files[table.subsets[:, 0]])
+
+    def look(indices: np.ndarray) -> list[Finding]:
+        recipes = map(plan.recipe, indices.tolist())
+        if skip_check:
+            return [Finding(State.VALID if latents_file.exists(r.record, layout) else State.MISSING) for r in recipes]
+        return [latents_file.judge(recipe) for recipe in recipes]
+
+    flaws: Counter[str] = Counter()
+
+    parts = [sought[start : start + _CHECKED_AT_A_TIME] for start in range(0, len(sought), _CHECKED_AT_A_TIME)]
+    bar = tqdm(total=len(sought), desc="checking latents", unit="img", delay=1, leave=False, disable=rank() > 0)
+    with bar, ThreadPoolExecutor(_CHECKERS) as pool:
+        for part, found in zip(parts, pool.map(look, parts), strict=True):
+            states[part] = [finding.state for finding in found]
+            flaws.update(finding.flaw for finding in found if finding.flaw)
+            bar.update(len(part))
+    if flaws:
+        reasons = ", ".join(f"{count} {flaw}" for flaw, count in flaws.most_common())
+        notice(f"latents in files are made anew where they do not fit: {reasons}")
+    _settle_unknown(plan, recache_unknown)
+    return plan
+
+
+def _settle_unknown(plan: LatentsPlan, recache: bool) -> None:
+    unknown = np.flatnonzero(plan.states == State.UNKNOWN)
+    if recache:
+        there = [index for index in unknown.tolist() if os.path.exists(plan.table[index].path)]
+        plan.states[there] = State.MISSING
+    elif len(unknown):
+        count = "1 image was" if len(unknown) == 1 else f"{len(unknown)} images were"
+        notice(
+            f"the latents of {count} made elsewhere and do not tell with which VAE: they are used as they are, "
+            f"--recache_unknown makes them anew; the first image is {plan.table[unknown[0]].path}"
+        )

@@ -1,0 +1,112 @@
+"""Latents made with a model's autoencoder: before training, and ahead of it."""
+
+import os
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from accelerate.utils import parse_flag_from_env
+
+from library import console
+from library.data.caching.cache import Encode, Tally, write_latents
+from library.data.caching.latents_file import LatentsLayout
+from library.data.caching.latents_plan import LatentsPlan, plan_latents
+from library.data.config import DatasetConfig, check_resolutions
+from library.data.records import NOTHING_DECODES, RecordTable, check_buckets, scan
+from library.errors import UserError, some
+from library.models.family import Family
+from library.models.registry import ModelInfo, inspect_model
+from library.options.base import Settings
+from library.options.cache import CacheOptions
+from library.options.model import ModelOptions
+from library.options.precision import PrecisionOptions
+from library.options.saving import SaveOptions
+from library.training import precision
+from library.training.hardware import settle_precision
+
+
+def latents_layout(info: ModelInfo) -> LatentsLayout:
+    """What a model's cached latents look like. Reads the weights of its autoencoder, once."""
+    return LatentsLayout(info.family.latents_suffix, info.latents.channels, info.latents.factor, info.vae_fingerprint)
+
+
+def vae_encoder(model: Family) -> Encode:
+    """Encodes images on whichever device the autoencoder is."""
+
+    @torch.no_grad()
+    def encode(images: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        return model.encode_images(images, seeds).cpu()
+
+    return encode
+
+
+def plan_for_run(
+    options: CacheOptions, info: ModelInfo, table: RecordTable, datasets: Sequence[DatasetConfig]
+) -> LatentsPlan | None:
+    """Which latents a run needs; None if it encodes its images as it goes.
+
+    It does so without --cache_latents, unless all latents are there under the sizes that the metadata names.
+    """
+    prepared = all(table.predefined(number) for number in range(len(datasets)))
+    if not options.latents and not prepared:
+        return None
+    plan = plan_latents(
+        table,
+        datasets,
+        latents_layout(info),
+        to_disk=options.latents_to_disk,
+        skip_check=options.skip_cache_check,
+        recache_unknown=options.recache_unknown and options.latents,
+    )
+    return plan if options.latents or not plan.missing else None
+
+
+def cache_ahead(settings: Settings, datasets: Sequence[DatasetConfig], *, skip_check: bool) -> None:
+    """Write the files that are missing, this process's share of them, and print what came of it.
+
+    The model is read only if one is missing. UserError if no image decodes, for latents that are not finite, and for
+    files that cannot be written.
+    """
+    rank, world = console.rank(), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _own_device()
+    info = inspect_model(settings[ModelOptions].pretrained_model_name_or_path)
+    check_resolutions(datasets, info.latents.step)
+    table = scan(datasets)
+    check_buckets(table, datasets, info.latents.step)
+    mixed = settle_precision(settings[PrecisionOptions].mixed_precision, device)
+    options = settings[CacheOptions]
+    plan = plan_latents(
+        table,
+        datasets,
+        latents_layout(info),
+        to_disk=True,
+        skip_check=skip_check,
+        recache_unknown=options.recache_unknown,
+    )
+
+    @cache
+    def encoder() -> Encode:
+        return vae_encoder(
+            info.load_vae(precision.choose(settings[PrecisionOptions], settings[SaveOptions], mixed).vae, device)
+        )
+
+    def encode(images: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        return encoder()(images, seeds)
+
+    tally = write_latents(plan, encode, batch_size=options.vae_batch_size, rank=rank, world=world)
+    print(_report(tally, device, rank, world), flush=True)
+    if world == 1 and not tally.written and not tally.valid:
+        raise UserError(NOTHING_DECODES)
+
+
+def _own_device() -> torch.device:
+    """This process's device; its number is told by whatever started it, with which nothing else need be shared."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _report(tally: Tally, device: torch.device, rank: int, world: int) -> str:
+    process = f"process {rank + 1} of {world} on {device}" if world > 1 else f"on {device}"
+    failed = f"{len(tally.failed)} failed" + (f" ({some(tally.failed)})" if tally.failed else "")
+    return f"latents, {process}: {tally.written} files written, {tally.valid} valid already, {failed}"

@@ -1,0 +1,77 @@
+"""Text encoder outputs in files beside the images, made ahead of training."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from library.data.caching.text_cache import TextFiles, TextLayout, write_text_files
+from library.data.config import DatasetConfig
+from library.data.records import scan
+from library.errors import UserError, some
+from library.models.family import Family
+from library.models.registry import ModelInfo, inspect_model
+from library.options.base import Settings
+from library.options.cache import CacheOptions
+from library.options.model import ModelOptions
+from library.training.precision import Precision
+
+
+def text_layout(info: ModelInfo) -> TextLayout:
+    """How the text encoder outputs of a model are kept. Reads its text encoders' weights, once."""
+    outputs = info.family.text_outputs
+    return TextLayout(outputs.suffix, outputs.arrays, info.text_fingerprint)
+
+
+def cache_text_ahead(
+    settings: Settings,
+    datasets: Sequence[DatasetConfig],
+    accelerator: Accelerator,
+    formats: Precision,
+    *,
+    skip_check: bool,
+) -> None:
+    """Write the files that are missing, shared out among the processes, and print what came of it.
+
+    The model is read only if one is missing. UserError for outputs that are not finite, and for files that cannot be
+    written.
+    """
+    options = settings[CacheOptions]
+    info = inspect_model(settings[ModelOptions].pretrained_model_name_or_path)
+
+    @cache
+    def model() -> Family:
+        loaded = info.load(formats.frozen, "cpu")
+        loaded.text_encoders.to(accelerator.device)
+        return loaded
+
+    def encode(captions: list[str]) -> dict[str, torch.Tensor]:
+        return model().encode_text(captions)
+
+    files = write_text_files(
+        scan(datasets),
+        datasets,
+        encode,
+        text_layout(info),
+        batch_size=options.text_encoder_batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        skip_check=skip_check,
+    )
+    total = TextFiles.together(gather_object([files]))
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+    total.report()
+    print(
+        f"text encoder outputs, on {accelerator.device.type}: {total.written} files written, "
+        f"{total.valid} valid already, {total.closed.total()} failed",
+        flush=True,
+    )
+    if total.closed:
+        raise UserError(
+            f"{some(sorted(total.closed))} cannot be written to: change that, or train with "
+            "--cache_text_encoder_outputs, which needs no files"
+        )

@@ -1,0 +1,177 @@
+"""tools/cache_text_encoder_outputs.py: files made ahead, by several processes, and after a kill."""
+
+import errno
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from library import cli
+from library.data.caching import text_cache
+from library.models.registry import load_model
+from tests import processes
+from tests.pictures import picture
+from tools import cache_text_encoder_outputs
+
+SCRIPT = "tools/cache_text_encoder_outputs.py"
+SUFFIX = "_sd_te_outputs.npz"
+
+
+@pytest.fixture
+def tool(monkeypatch, fresh_console) -> Iterator[Callable[[Sequence[str]], None]]:
+    """The script in this process, on the CPU."""
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def run(words: Sequence[str]) -> None:
+        forget()
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *words])
+        cli.run(cache_text_encoder_outputs.main)
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield run
+    forget()
+
+
+def folder_of(tmp_path: Path, captions: Sequence[str]) -> Path:
+    """A folder of small pictures with these captions."""
+    for number, caption in enumerate(captions):
+        picture(tmp_path / "data" / "1_thing" / f"{number:03}.png", (8, 8), caption)
+    return tmp_path / "data" / "1_thing"
+
+
+def words(model_file: Path, folder: Path, *more: str) -> list[str]:
+    data = ["--train_data_dir", str(folder.parent), "--resolution", "32"]
+    return ["--pretrained_model_name_or_path", str(model_file), *data, *more]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(f"*{SUFFIX}"))}
+
+
+COLOURS = ["red", "blue", "red", "green"]
+
+
+def test_the_files_hold_what_the_models_text_encoder_says(tmp_path, model_file, tool, capsys):
+    folder = folder_of(tmp_path, COLOURS)
+    tool(words(model_file, folder, "--text_encoder_batch_size", "2", "--caption_prefix", "a photo,"))
+    assert capsys.readouterr().out == "text encoder outputs, on cpu: 4 files written, 0 valid already, 0 failed\n"
+    model = load_model(model_file)
+    for number, colour in enumerate(COLOURS):
+        with torch.no_grad():
+            expected = model.encode_text([f"a photo, {colour}"])["hidden_state1"][0]
+        with np.load(folder / f"{number:03}{SUFFIX}") as file:
+            assert np.allclose(file["hidden_state1"], expected.numpy(), atol=1e-6)
+    before = files(folder)
+    tool(words(model_file, folder, "--caption_prefix", "a photo,"))
+    assert capsys.readouterr().out == "text encoder outputs, on cpu: 0 files written, 4 valid already, 0 failed\n"
+    assert files(folder) == before
+
+
+def test_the_model_is_not_loaded_when_all_files_are_there(tmp_path, model_file, tool, monkeypatch):
+    folder = folder_of(tmp_path, COLOURS)
+    tool(words(model_file, folder))
+    monkeypatch.delattr("library.models.registry.ModelInfo.load")
+    tool(words(model_file, folder))
+
+
+def test_another_text_encoder_is_noticed_and_another_unet_is_not(tmp_path, model_file, tool, capsys):
+    folder = folder_of(tmp_path, COLOURS)
+    tool(words(model_file, folder))
+    model = load_model(model_file)
+    with torch.no_grad():
+        model.unet.conv_in.bias += 1
+    model.save(tmp_path / "unet.safetensors")
+    tool(words(tmp_path / "unet.safetensors", folder))
+    assert "0 files written, 4 valid already" in capsys.readouterr().out
+    with torch.no_grad():
+        model.text_encoders[0].model.final_layer_norm.bias += 1
+    model.save(tmp_path / "text.safetensors")
+    tool(words(tmp_path / "text.safetensors", folder))
+    printed = capsys.readouterr()
+    assert "4 files written, 0 valid already" in printed.out
+    assert "replaced: 4 made from another caption or other text encoders" in printed.err
+
+
+@pytest.mark.parametrize("flag", ["--skip_existing", "--skip_cache_check"])
+def test_existing_files_are_trusted_on_request(tmp_path, model_file, tool, flag):
+    folder = folder_of(tmp_path, COLOURS)
+    (folder / f"001{SUFFIX}").write_bytes(b"anything")
+    tool(words(model_file, folder, flag))
+    assert files(folder)[f"001{SUFFIX}"] == b"anything"
+    tool(words(model_file, folder))
+    assert files(folder)[f"001{SUFFIX}"] != b"anything"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--shuffle_caption"], "shuffle_caption"),
+        (["--enable_wildcard"], "enable_wildcard"),
+        (["--sdxl"], "SDXL models are not supported"),
+        (["--skip_exsting"], "did you mean --skip_existing"),
+        (["--pretrained_model_name_or_path", "no.safetensors"], "no such model file"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, model_file, tool, capsys, more, message):
+    folder = folder_of(tmp_path, COLOURS)
+    with pytest.raises(SystemExit) as stop:
+        tool(words(model_file, folder, *more))
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not files(folder)
+
+
+def test_a_folder_that_cannot_be_written_to_fails_with_a_remedy(tmp_path, model_file, tool, capsys, monkeypatch):
+    def read_only(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(text_cache.tempfile, "TemporaryFile", read_only)
+    folder = folder_of(tmp_path, COLOURS)
+    with pytest.raises(SystemExit) as stop:
+        tool(words(model_file, folder))
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert "0 files written, 0 valid already, 4 failed" in printed.out
+    assert f"{folder} cannot be written to: change that, or train with --cache_text_encoder_outputs" in printed.err
+
+
+def test_after_a_kill_it_goes_on_to_the_same_files(tmp_path, model_file, tool, capsys):
+    captions = [f"number {number}" for number in range(400)]
+    folder = folder_of(tmp_path / "killed", captions)
+    command = [sys.executable, SCRIPT, *words(model_file, folder, "--text_encoder_batch_size", "4")]
+    with subprocess.Popen(command, cwd=processes.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while len(files(folder)) < 5 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert 5 <= len(files(folder)) < len(captions)
+    tool(words(model_file, folder, "--text_encoder_batch_size", "4"))
+    untouched = folder_of(tmp_path / "untouched", captions)
+    tool(words(model_file, untouched, "--text_encoder_batch_size", "4"))
+    assert files(folder) == files(untouched)
+    assert len(files(folder)) == len(captions)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_two_processes_share_the_work_and_add_up_what_they_did(tmp_path, model_file, tool):
+    captions = [f"number {number % 5}" for number in range(8)]
+    folder = folder_of(tmp_path / "two", captions)
+    launcher = Path(sys.executable).parent / "accelerate"
+    command = [launcher, "launch", "--multi_gpu", "--num_processes", "2", "--num_cpu_threads_per_process", "1", SCRIPT]
+    done = processes.run([*command, *words(model_file, folder)], 120, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "text encoder outputs, on cpu: 8 files written, 0 valid already, 0 failed\n"
+    alone = folder_of(tmp_path / "one", captions)
+    tool(words(model_file, alone))
+    assert files(folder) == files(alone)

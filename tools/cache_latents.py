@@ -1,0 +1,30 @@
+"""Encodes the images of a dataset ahead of training, into files beside them; what is there already stays."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from library import cli, console, options
+from library.options.cache_tool import CacheToolOptions
+
+GROUPS = (CacheToolOptions, *options.TRAINING)
+
+
+def main() -> None:
+    console.setup(None)
+    settings = cli.parse(GROUPS, description=__doc__)
+    from library.data.config import check_combinations, load_datasets
+    from library.training import preflight
+
+    preflight.check_model(settings[options.ModelOptions].pretrained_model_name_or_path)
+    datasets = load_datasets(settings[options.DatasetOptions], settings.given)
+    check_combinations(datasets, options.CacheOptions(cache_latents_to_disk=True), trains_text_encoder=False)
+    with console.quiet_dependencies():
+        from library.training.caching import cache_ahead
+    skip_check = settings[options.CacheOptions].skip_cache_check or settings[CacheToolOptions].skip_existing
+    cache_ahead(settings, datasets, skip_check=skip_check)
+
+
+if __name__ == "__main__":
+    cli.run(main)
