@@ -1,22 +1,15 @@
 """What the user is shown before and after training."""
 
-from collections.abc import Sequence
-
 from accelerate import Accelerator
 
-from library.data.config import DatasetConfig
-from library.data.plan import RunPlan
-from library.data.records import RecordTable
-from library.data.summary import summarise
+from library.data.report.summary import Summary
 from library.training.methods.base import ParameterGroup
 from library.training.movement import Movement
 from library.training.state import Progress
 
 
 def before_training(
-    table: RecordTable,
-    datasets: Sequence[DatasetConfig],
-    plan: RunPlan,
+    summary: Summary,
     progress: Progress,
     groups: list[ParameterGroup],
     accelerator: Accelerator,
@@ -26,7 +19,7 @@ def before_training(
     epochs = f"{progress.total_epochs} epoch{'s' * (progress.total_epochs > 1)}"
     lines = [
         "",
-        str(summarise(table, datasets, plan)),
+        str(summary),
         f"in all: {progress.total_steps} optimizer steps in {epochs} on {accelerator.device}{processes}",
     ]
     for group in groups:
