@@ -10,7 +10,7 @@ def main() -> None:
     settings = cli.parse(GROUPS, description=__doc__)
     from library.training import preflight
 
-    plans = preflight.check(settings)
+    plans = preflight.check(settings, trains_text_encoder=settings[options.NetworkOptions].trains_text_encoder)
     with console.quiet_dependencies():
         from library.training.launch import launch
         from library.training.methods.network import NetworkMethod

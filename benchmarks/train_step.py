@@ -143,7 +143,7 @@ def _batch(pixels: int, step: int):
     """A ready batch of two captioned latents, as the data loader hands it over."""
     import torch
 
-    from library.data.dataset import Batch
+    from library.data.batch import Batch
     from library.data.plan import BatchPlan, Item
 
     seeds = [BATCH_SIZE * step + i for i in range(BATCH_SIZE)]

@@ -11,6 +11,8 @@ PLACES = ("library", "networks", "finetune", "tools", "examples", "benchmarks", 
 MAY_BE_LONG = {"library/training/trainer.py", "networks/lora.py"}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "bitsandbytes", "xformers", "tensorboard"}
 
+WITH_TENSORS = {f"library.data.{name}" for name in ("batch", "dataset", "caching.cache", "caching.text_cache")}
+
 # A room, and the rooms that nothing in it may import.
 CLOSED = {
     "library.options": ("library.data", "library.models", "library.generation", "library.training", "networks"),
@@ -88,7 +90,7 @@ def light_modules() -> list[str]:
     """Those that must not import torch, nor anything as heavy: options, command line, and data up to the batches."""
     data = [name for name in MODULES if inside(name, "library.data")]
     rest = [name for name in MODULES if name == "library.cli" or inside(name, "library.options")]
-    return rest + [name for name in data if name not in ("library.data.dataset", "library.data.cache")]
+    return rest + [name for name in data if name not in WITH_TENSORS]
 
 
 def test_imports_are_found():

@@ -7,13 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from library.data import images
 from library.data.buckets import Geometry
+from library.data.caching.text_cache import TextLayout, cache_text
 from library.data.dataset import ImageDataset, make_loader, size_conditioning
 from library.data.plan import PlanSampler, RunPlan
 from library.data.records import scan
 from library.errors import UserError
+from tests.latents import cache_latents
 from tests.pictures import dataset, picture, subset
 
 
@@ -83,7 +86,7 @@ def test_pixels_are_those_of_the_file(tmp_path):
     datasets = (dataset(subset(tmp_path)),)
     table = scan(datasets)
     (batch_plan,) = plan_of(table, datasets).iterate(0, 1)
-    expected = torch.from_numpy(images.load(path)).permute(2, 0, 1) / 127.5 - 1
+    expected = torch.from_numpy(images.load(path, images.ImageOptions())[0].copy()).permute(2, 0, 1) / 127.5 - 1
     assert torch.allclose(ImageDataset(table, datasets)[batch_plan].images[0], expected, atol=1e-6)
 
 
@@ -91,7 +94,7 @@ def test_mirroring_takes_about_half_of_the_images(tmp_path):
     path = picture(tmp_path / "a.png", (64, 64), "x")
     datasets = (dataset(subset(tmp_path, flip_aug=True, num_repeats=200), batch_size=50),)
     table = scan(datasets)
-    straight = torch.from_numpy(images.to_model_range(images.load(path)))
+    straight = torch.from_numpy(images.to_model_range(images.load(path, images.ImageOptions())[0]))
     examples = ImageDataset(table, datasets)
     kinds = []
     for batch_plan in plan_of(table, datasets).iterate(0, 4):
@@ -217,3 +220,94 @@ def test_moving_a_batch(tmp_path):
     assert moved.plan == batch.plan
     assert moved.latents is None
     assert np.isfinite(batch.images.numpy()).all()
+
+
+class TestMasks:
+    """A picture whose left half is masked out, by a mask file and by its own alpha."""
+
+    def datasets(self, tmp_path, **options):
+        half = np.zeros((64, 64, 4), dtype=np.uint8)
+        half[:, 32:] = 255
+        half[..., :3] = 200
+        (tmp_path / "masks").mkdir()
+        Image.fromarray(half).save(tmp_path / "a.png")
+        Image.fromarray(half[..., 3]).save(tmp_path / "masks" / "a.png")
+        picture(tmp_path / "b.png", (64, 64))
+        return (dataset(subset(tmp_path, **options), batch_size=2),)
+
+    def masks(self, datasets, **options):
+        """Loss masks (h, w) of the first epoch by file, and whether that use was mirrored."""
+        table = scan(datasets)
+        examples = ImageDataset(table, datasets, **options)
+        for batch_plan in plan_of(table, datasets).iterate(0, 8):
+            batch = examples[batch_plan]
+            for index, mask in zip(
+                batch.records, [None] * 2 if batch.loss_mask is None else batch.loss_mask, strict=True
+            ):
+                yield os.path.basename(table[index].path), mask
+
+    @pytest.mark.parametrize("kind", ["file", "alpha", "both"])
+    def test_the_loss_mask_is_the_mask_at_the_size_of_the_latents(self, tmp_path, kind):
+        options = {"conditioning_data_dir": tmp_path / "masks"} if kind != "alpha" else {}
+        datasets = self.datasets(tmp_path, alpha_mask=kind != "file", **options)
+        left, right = torch.zeros(8, 4), torch.ones(8, 4)
+        for name, mask in self.masks(datasets, masked_loss=kind != "alpha"):
+            assert mask.shape == (1, 8, 8)
+            expected = torch.cat([left, right], 1) if name == "a.png" else torch.ones(8, 8)
+            assert torch.allclose(mask[0], expected, atol=0.01)
+
+    def test_the_loss_mask_is_mirrored_with_the_image(self, tmp_path):
+        datasets = self.datasets(tmp_path, conditioning_data_dir=tmp_path / "masks", flip_aug=True)
+        sides = {float(mask[0, 0, 0]) for name, mask in self.masks(datasets, masked_loss=True) if name == "a.png"}
+        assert sides == {0.0, 1.0}
+
+    def test_mask_files_are_not_used_without_masked_loss(self, tmp_path):
+        datasets = self.datasets(tmp_path, conditioning_data_dir=tmp_path / "masks")
+        assert {mask for _, mask in self.masks(datasets)} == {None}
+
+    @pytest.mark.parametrize("kind", ["file", "alpha"])
+    def test_cached_latents_have_the_same_masks(self, tmp_path, kind):
+        options = {"conditioning_data_dir": tmp_path / "masks"} if kind == "file" else {"alpha_mask": True}
+        datasets = self.datasets(tmp_path, flip_aug=True, **options)
+        latents = cache_latents(scan(datasets), datasets)
+        cached = self.masks(datasets, masked_loss=True, latents=latents)
+        for (name, mask), (other, expected) in zip(cached, self.masks(datasets, masked_loss=True), strict=True):
+            assert name == other
+            assert torch.equal(mask, expected)
+
+
+def test_a_batch_says_what_its_subsets_say(tmp_path):
+    picture(tmp_path / "a" / "a.png", (64, 64))
+    picture(tmp_path / "b" / "b.png", (64, 64))
+    first = subset(tmp_path / "a", weight=0.5, custom_attributes={"kind": "a"})
+    second = subset(tmp_path / "b", is_reg=True)
+    datasets = (dataset(first, second, network_multiplier=-1.0),)
+    table = scan(datasets)
+    (batch_plan,) = plan_of(table, datasets).iterate(0, 1)
+    batch = ImageDataset(table, datasets, prior_loss_weight=0.25)[batch_plan]
+    assert batch.network_multiplier == -1
+    facts = dict(zip(batch.records, zip(batch.weights.tolist(), batch.custom_attributes, strict=True), strict=True))
+    assert facts == {0: (0.5, {"kind": "a"}), 1: (0.25, {})}
+
+
+def test_cached_text_comes_with_its_caption_and_the_empty_one_where_it_is_dropped(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png", (64, 64), name)
+    datasets = (dataset(subset(tmp_path, caption_prefix="see", caption_dropout_rate=0.5, num_repeats=20)),)
+    table = scan(datasets)
+
+    def say(captions):
+        return {
+            "hidden_state1": torch.tensor([[[len(caption), ord(caption[-1:] or " ")]] for caption in captions]).float()
+        }
+
+    cache = cache_text(table, datasets, say, TextLayout("_x.npz", {"hidden_state1": "hidden_state1"}, "f"))
+    captions = set()
+    for batch_plan in plan_of(table, datasets).iterate(0, 10):
+        batch = ImageDataset(table, datasets, text=cache)[batch_plan]
+        plain = ImageDataset(table, datasets)[batch_plan]
+        assert batch.captions == plain.captions
+        assert torch.equal(batch.text["hidden_state1"], say(batch.captions)["hidden_state1"])
+        captions.update(batch.captions)
+    assert captions == {"", "see a", "see b"}
+    assert batch.to("meta").text["hidden_state1"].is_meta

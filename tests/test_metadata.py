@@ -41,6 +41,7 @@ DATA = {
     "ss_num_batches_per_epoch": 40,
     "ss_num_reg_images": 0,
     "ss_num_train_images": 80,
+    "ss_num_validation_images": 0,
     "ss_reg_dataset_dirs": {},
     "ss_resolution": "(64, 64)",
     "ss_shuffle_caption": False,

@@ -74,7 +74,7 @@ def test_a_run_ends_well_and_says_what_it_did(work):
     _, result = work
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
-    assert re.search(r"3_sks circle +training +4 +3 +12", result.stdout)
+    assert re.search(r"3_sks circle +train +4 +3 +12", result.stdout)
     assert "8 optimizer steps in 2 epochs" in result.stdout
     assert re.search(r"unet: weights changed by \d+\.\d+% of their size", result.stdout)
 
@@ -153,7 +153,8 @@ def test_hashes_are_those_that_other_programs_compute(work, model_file):
 def test_the_log_has_every_step_and_the_previews(work):
     log = read_log(work[0] / "logs")
     steps = list(range(1, 9))
-    for tag in ("loss/current", "loss/average", "lr/unet", "lr/text_encoder", "gradient_norm", "images_per_second"):
+    rates = ("lr/unet", "lr/text_encoder")
+    for tag in ("loss/current", "loss/average", *rates, "gradient_norm", "images_per_second", "waiting_for_data"):
         values = scalars(log, tag)
         assert list(values) == steps
         assert all(np.isfinite(value) and value > 0 for value in values.values())

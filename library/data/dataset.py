@@ -1,59 +1,25 @@
 """Plans -> batches: what a loader process does, and the loader itself."""
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from library.console import warn
-from library.data import images
+from library.data import captions, images
+from library.data.batch import Batch
 from library.data.buckets import Geometry
-from library.data.cache import LatentsCache
-from library.data.captions import compose
-from library.data.config import DatasetConfig
+from library.data.caching.cache import LatentsCache
+from library.data.caching.text_cache import TextCache
+from library.data.config import DatasetConfig, SubsetConfig
 from library.data.plan import BatchPlan, Item
-from library.data.records import NOTHING_DECODES, Record, RecordTable
+from library.data.records import NOTHING_DECODES, Record, RecordTable, geometry_of
 from library.errors import UserError
 from library.randomness import generator
-from library.transfer import to_device
-
-
-@dataclass
-class Batch:
-    """One micro-batch of B examples."""
-
-    plan: BatchPlan
-    seeds: list[int]
-    """Per example: the start of its random choices."""
-    records: list[int]
-    """Per example: its index in the table."""
-    captions: list[str]
-    images: torch.Tensor | None
-    """(B, 3, H, W) float32 in -1..1, or None if there are latents"""
-    latents: torch.Tensor | None
-    """(B, C, h, w) float32, unscaled, or None"""
-    sizes: torch.Tensor
-    """(B, 6) float32: original height and width, crop top and left, target height and width"""
-    loss_mask: torch.Tensor | None
-    """(B, 1, h, w) float32 factors of the loss, or None"""
-    weights: torch.Tensor
-    """(B,) float32 factors of the loss; 0 for what must not train"""
-    failures: dict[int, str] = field(default_factory=dict)
-    """What is wrong with records that could not be used, by their index in the table."""
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        return self._with_tensors(lambda tensor: to_device(tensor, device))
-
-    def pin_memory(self) -> "Batch":
-        """The same batch with its tensors in page-locked memory. The DataLoader looks for a method of this name."""
-        return self._with_tensors(torch.Tensor.pin_memory)
-
-    def _with_tensors(self, change) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: change(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
 
 @dataclass
@@ -62,6 +28,9 @@ class _Example:
     caption: str
     pixels: torch.Tensor
     """Image (3, H, W) or latents (C, h, w)"""
+    mask: np.ndarray | None
+    """(h, w) float32 in 0..1"""
+    text: dict[str, torch.Tensor] | None
     size: tuple[int, ...]
     weight: float
 
@@ -74,18 +43,31 @@ class ImageDataset(Dataset):
         table: RecordTable,
         datasets: Sequence[DatasetConfig],
         latents: LatentsCache | None = None,
+        text: TextCache | None = None,
         *,
+        latent_factor: int = 8,
+        masked_loss: bool = False,
         prior_loss_weight: float = 1.0,
+        total_steps: int = 1,
+        replacements: Mapping[str, str] = MappingProxyType({}),
     ):
+        """`latent_factor`: pixels per latent, each way. `masked_loss`: whether mask files are used. `total_steps`: of
+        the run, for token warm-up. `replacements`: words of captions and what stands for them.
+        """
         self.table = table
         self.datasets = datasets
         self.latents = latents
+        self.text = text
+        self.latent_factor = latent_factor
+        self.masked_loss = masked_loss
         self.prior_loss_weight = prior_loss_weight
+        self.total_steps = total_steps
+        self.replacements = dict(replacements)
         self._buckets = [dataset.buckets() for dataset in datasets]
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
         failures: dict[int, str] = {}
-        examples = [self._try_example(item, failures) for item in plan.items]
+        examples = [self._try_example(item, plan, failures) for item in plan.items]
         sound = [example for example in examples if example is not None]
         # A batch keeps its shape: another of its images, or a blank, sits where one is missing, and weighs nothing.
         stand_in = replace(sound[0], weight=0.0) if sound else self._blank(plan)
@@ -99,45 +81,91 @@ class ImageDataset(Dataset):
             captions=[example.caption for example in examples],
             images=pixels if self.latents is None else None,
             latents=None if self.latents is None else pixels,
+            text=None if self.text is None else _stack([example.text for example in examples]),
             sizes=torch.tensor([example.size for example in examples], dtype=torch.float32),
-            loss_mask=None,
+            loss_mask=self._loss_mask(plan, [example.mask for example in examples]),
             weights=torch.zeros_like(weights) if plan.filler else weights,
+            network_multiplier=self.datasets[plan.dataset].network_multiplier,
+            custom_attributes=[self._subset(example.record).custom_attributes for example in examples],
             failures=failures,
         )
 
-    def _try_example(self, item: Item, failures: dict[int, str]) -> _Example | None:
+    def _subset(self, record: Record) -> SubsetConfig:
+        return self.datasets[record.dataset].subsets[record.subset]
+
+    def _try_example(self, item: Item, plan: BatchPlan, failures: dict[int, str]) -> _Example | None:
         record = self.table[item.record]
-        subset = self.datasets[record.dataset].subsets[record.subset]
-        geometry = self._buckets[record.dataset].choose((record.width, record.height))
-        flipped = subset.flip_aug and generator(item.seed, "augment").random() < 0.5
+        subset = self._subset(record)
+        geometry = geometry_of(record, self._buckets[record.dataset])
         try:
-            pixels = self._pixels(record, geometry, flipped)
+            pixels, mask, flipped = self._pixels(record, geometry, subset, item)
+            caption, text = self._caption(record, subset, item, plan)
         except images.BrokenImage as problem:
-            failures[record.index] = f"{record.path} cannot be decoded and is not trained on: {problem}"
+            failures[record.index] = f"{record.path} cannot be used and is not trained on: {problem}"
             return None
         if pixels is None:  # said when the latents were cached
             return None
-        caption = compose(
-            record.caption,
-            separator=subset.caption_separator,
-            keep_tokens=subset.keep_tokens,
-            shuffle=subset.shuffle_caption,
-            rng=generator(item.seed, "caption"),
-        )
-        weight = self.prior_loss_weight if subset.is_reg else 1.0
-        return _Example(record, caption, pixels, size_conditioning(record, geometry, flipped), weight)
+        weight = subset.weight * (self.prior_loss_weight if subset.is_reg else 1.0)
+        return _Example(record, caption, pixels, mask, text, size_conditioning(record, geometry, flipped), weight)
 
-    def _pixels(self, record: Record, geometry: Geometry, flipped: bool) -> torch.Tensor | None:
-        if self.latents is not None:
-            return self.latents.latents(record, flipped)
-        image = images.example(record.path, geometry)
-        return torch.from_numpy(images.to_model_range(images.flip(image) if flipped else image))
+    def _caption(
+        self, record: Record, subset: SubsetConfig, item: Item, plan: BatchPlan
+    ) -> tuple[str, dict[str, torch.Tensor] | None]:
+        """This use's caption, and what the text encoders say of it where that is cached."""
+        rng = generator(item.seed, "caption")
+        if self.text is not None:
+            dropped = captions.is_dropped(subset.captions, rng=rng, epoch=plan.epoch)
+            caption = "" if dropped else captions.fixed(record.caption, subset.captions)
+            return caption, self.text.outputs(record, dropped)
+        caption = captions.compose(
+            record.caption,
+            subset.captions,
+            rng=rng,
+            epoch=plan.epoch,
+            step=plan.step,
+            total_steps=self.total_steps,
+            replacements=self.replacements,
+        )
+        return caption, None
+
+    def _pixels(
+        self, record: Record, geometry: Geometry, subset: SubsetConfig, item: Item
+    ) -> tuple[torch.Tensor | None, np.ndarray | None, bool]:
+        """(image or latents, mask (H, W) in pixels, whether mirrored)."""
+        mask_path = record.mask if self.masked_loss else ""
+        rng = generator(item.seed, "augment")
+        if self.latents is None:
+            example = images.example(record.path, geometry, subset.images, rng, mask_path)
+            return torch.from_numpy(images.to_model_range(example.image)), example.mask, example.flipped
+        flipped = images.flips(subset.images, rng)
+        mask = images.mask(mask_path, geometry, (record.width, record.height), subset.images) if mask_path else None
+        if subset.images.alpha_mask:
+            mask = images.product(mask, self.latents.alpha_mask(record))
+        if mask is not None and flipped:
+            mask = images.flip(mask)
+        return self.latents.latents(record, flipped), mask, flipped
+
+    def _loss_mask(self, plan: BatchPlan, masks: list[np.ndarray | None]) -> torch.Tensor | None:
+        """(B, 1, h, w) where any example has a mask: those without have ones."""
+        if all(mask is None for mask in masks):
+            return None
+        size = (plan.bucket[0] // self.latent_factor, plan.bucket[1] // self.latent_factor)
+        ones = np.ones(size[::-1], dtype=np.float32)
+        small = [ones if mask is None else images.latent_mask(mask, size) for mask in masks]
+        return torch.from_numpy(np.stack(small))[:, None]
 
     def _blank(self, plan: BatchPlan) -> _Example:
         record = self.table[plan.items[0].record]
         shape = (3, *plan.bucket[::-1]) if self.latents is None else self.latents.shape(plan.bucket)
-        geometry = self._buckets[record.dataset].choose((record.width, record.height))
-        return _Example(record, "", torch.zeros(shape), size_conditioning(record, geometry, False), 0.0)
+        geometry = geometry_of(record, self._buckets[record.dataset])
+        text = None if self.text is None else self.text.outputs(record, True)
+        return _Example(
+            record, "", torch.zeros(shape), None, text, size_conditioning(record, geometry, False), weight=0.0
+        )
+
+
+def _stack(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {kind: torch.stack([output[kind] for output in outputs]) for kind in outputs[0]}
 
 
 def size_conditioning(record: Record, geometry: Geometry, flipped: bool) -> tuple[int, ...]:

@@ -12,10 +12,13 @@ from library import console
 from library.data.config import check_resolutions
 from library.data.dataset import ImageDataset, make_loader
 from library.data.plan import PlanSampler, RunPlan
-from library.data.records import RecordTable, scan
+from library.data.records import RecordTable, check_buckets, scan
+from library.data.report.chart import chart
+from library.data.report.summary import summarise
 from library.models.registry import inspect_model
 from library.options.base import Settings
 from library.options.cache import CacheOptions
+from library.options.dataset import DatasetOptions
 from library.options.loader import LoaderOptions
 from library.options.logging import LogOptions
 from library.options.model import ModelOptions
@@ -25,12 +28,14 @@ from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
 from library.options.training import TrainingOptions
 from library.training import events, precision, tracking
+from library.training.caching import plan_for_run
 from library.training.hardware import settle_precision
+from library.training.inspection import show_dataset
 from library.training.methods.base import Method, ParameterGroup
 from library.training.movement import Movement
 from library.training.optimizers import check_optimizer, make_optimizer
 from library.training.preflight import Plans
-from library.training.preparation import prepare_latents
+from library.training.preparation import prepare_caches
 from library.training.previews import Previewer
 from library.training.provenance import Provenance
 from library.training.report import after_training, before_training
@@ -53,12 +58,18 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
     accelerator, formats = make_accelerator(settings)
     seed = settle_seed(training.seed, accelerator)
     table, plan = plan_run(training, plans, seed, accelerator)
+    check_buckets(table, plans.datasets, info.latents.step)
     total_steps = training.total_steps(plan.steps_per_epoch)
     progress = Progress(total_steps, total_epochs=-(-total_steps // plan.steps_per_epoch))
+    if settings[DatasetOptions].debug_dataset:
+        show_dataset(settings, plans, info, table, plan)
+        return
 
     # Model, caches, and what is trained.
-    model = info.load(formats.frozen, accelerator.device, formats.vae)
-    latents = prepare_latents(settings[CacheOptions], model, table, plans.datasets)
+    caching = plan_for_run(settings[CacheOptions], info, table, plans.datasets)
+    cached = caching is not None and not caching.missing
+    model = info.load(formats.frozen, accelerator.device, formats.vae, vae_device="cpu" if cached else None)
+    caches = prepare_caches(settings[CacheOptions], caching, info, model, table, plans.datasets, accelerator)
     seed_generators(seed, "first weights")
     step = TrainingStep(model, method.build(model), model.noise_process())
     groups = method.parameter_groups()
@@ -72,22 +83,32 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
     scheduler = make_scheduler(settings[OptimizerOptions], optimizer, total_steps)
     movement = Movement(groups, optimizer)
     root, prepared = accelerator.prepare(step, optimizer)
-    if latents is not None:
-        model.vae.to("cpu")  # needed for previews only, which bring it back
     names = [group.name for group in groups]
     stepper = Stepper(accelerator, root, prepared, scheduler, names, settings[OptimizerOptions].clip_norm)
 
     # What it is fed with, and what happens besides.
-    dataset = ImageDataset(table, plans.datasets, latents, prior_loss_weight=training.prior_loss_weight)
+    dataset = ImageDataset(
+        table,
+        plans.datasets,
+        caches.latents,
+        caches.text,
+        latent_factor=info.latents.factor,
+        masked_loss=settings[DatasetOptions].masked_loss,
+        prior_loss_weight=training.prior_loss_weight,
+        total_steps=total_steps,
+    )
     sampler = PlanSampler(plan, progress.step, total_steps)
     loader = make_loader(
         dataset, sampler, settings[LoaderOptions].workers, pin_memory=accelerator.device.type == "cuda"
     )
-    accelerator.print(before_training(table, plans.datasets, plan, progress, groups, accelerator))
+    summary = summarise(table, plans.datasets, plan, training.total_steps)
+    accelerator.print(before_training(summary, progress, groups, accelerator))
     provenance = Provenance(
         method, settings, seed, formats.mixed, info, model.noise_process(), table, plans.datasets, plan, optimizer
     )
     tracker = tracking.start(settings[LogOptions], method.log_name, accelerator, progress)
+    tracker.log_text("dataset", summary.markdown())
+    tracker.log_pictures({"dataset": chart(summary)}, progress.step)
     target = plans.output_dir / settings[SaveOptions].name
     saver = Saver(settings[SaveOptions], target, method, step, formats.saved, provenance, tracker, accelerator)
     previewer = Previewer(settings[PreviewOptions], plans.prompts, target, method, step, tracker, accelerator)

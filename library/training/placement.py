@@ -9,10 +9,11 @@ from torch import nn
 
 @contextlib.contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Bring a module to the device, and back to where it was afterwards."""
-    home = next(module.parameters()).device
+    """Bring all parts of a module to the device, and each back to where it was afterwards."""
+    parts = [(part, next(part.parameters()).device) for part in module.children()]
     module.to(device)
     try:
         yield
     finally:
-        module.to(home)
+        for part, home in parts:
+            part.to(home)

@@ -4,10 +4,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.config import DatasetConfig, load_datasets
+from library.data.config import BOTH_KINDS, DatasetConfig, check_combinations, load_datasets
 from library.errors import UserError, suggest_path
 from library.generation.prompts import PromptLine, read_prompts
 from library.options.base import Settings
+from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
 from library.options.logging import LogOptions
 from library.options.model import MODEL_SUFFIXES, ModelOptions
@@ -24,10 +25,14 @@ class Plans:
     prompts: tuple[PromptLine, ...]
 
 
-def check(settings: Settings) -> Plans:
-    """UserError for the first mistake found in the settings and the files they name."""
+def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str] = BOTH_KINDS) -> Plans:
+    """UserError for the first mistake found in the settings and the files they name.
+
+    `kinds` of subsets are what the script takes.
+    """
     check_model(settings[ModelOptions].pretrained_model_name_or_path)
-    datasets = load_datasets(settings[DatasetOptions], settings.given)
+    datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
+    check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
     prompts = check_prompts(settings[PreviewOptions])
     if settings[LogOptions].logging_dir is not None:
         make_writable("--logging_dir", settings[LogOptions].logging_dir)

@@ -1,26 +1,63 @@
 """What is made before training, while the parts it needs are on the device."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 
-from library.data.cache import LatentsCache, cache_latents
+from library.data.caching.cache import LatentsCache, make_latents
+from library.data.caching.latents_plan import LatentsPlan
+from library.data.caching.text_cache import TextCache, cache_text
 from library.data.config import DatasetConfig
 from library.data.records import RecordTable
 from library.models.family import Family
+from library.models.registry import ModelInfo
 from library.options.cache import CacheOptions
+from library.training.caching import vae_encoder
+from library.training.text_caching import text_layout
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What is computed once; None where every step computes it anew."""
+
+    latents: LatentsCache | None
+    text: TextCache | None
 
 
 @torch.no_grad()
-def prepare_latents(
-    options: CacheOptions, model: Family, table: RecordTable, datasets: Sequence[DatasetConfig]
-) -> LatentsCache | None:
-    """With --cache_latents, encode every image once; the autoencoder is then needed for previews only."""
-    if not options.cache_latents:
-        return None
-    return cache_latents(
-        table,
-        datasets,
-        lambda images, seeds: model.encode_images(images, seeds).cpu(),
-        batch_size=options.vae_batch_size,
-    )
+def prepare_caches(
+    options: CacheOptions,
+    plan: LatentsPlan | None,
+    info: ModelInfo,
+    model: Family,
+    table: RecordTable,
+    datasets: Sequence[DatasetConfig],
+    accelerator: Accelerator,
+) -> Caches:
+    """Encode what is to be cached and is not there yet. The encoders that the steps then do without leave the device;
+    previews bring them back.
+    """
+    share = {
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+        "wait": accelerator.wait_for_everyone,
+    }
+    latents = text = None
+    if plan is not None:
+        latents = make_latents(plan, vae_encoder(model), batch_size=options.vae_batch_size, **share)
+        model.vae.to("cpu")
+    if options.text:
+        text = cache_text(
+            table,
+            datasets,
+            model.encode_text,
+            text_layout(info),
+            to_disk=options.text_to_disk,
+            batch_size=options.text_encoder_batch_size,
+            skip_check=options.skip_cache_check,
+            **share,
+        )
+        model.text_encoders.to("cpu")
+    return Caches(latents, text)

@@ -53,7 +53,7 @@ class Previewer:
             return
         now, pictures = time.strftime("%Y%m%d%H%M%S"), {}
         device = self.accelerator.device
-        with self.method.published_weights(), evaluating(self.trained), on_device(self.model.vae, device):
+        with self.method.published_weights(), evaluating(self.trained), on_device(self.model, device):
             for number, request in enumerate(self.requests):
                 picture = paint(self.model, request, default_sampler=self.options.sample_sampler)
                 pictures[f"preview/{number}"] = picture

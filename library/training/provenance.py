@@ -7,16 +7,23 @@ from pathlib import Path
 
 import torch
 
+from library.data.buckets import Size
 from library.data.config import DatasetConfig
 from library.data.plan import RunPlan
 from library.data.records import RecordTable
-from library.data.summary import dataset_metadata
+from library.data.report.metadata_facts import dataset_metadata
 from library.models.metadata import BaseModel, RunFacts
 from library.models.noise import NoiseProcess
 from library.models.registry import ModelInfo
 from library.options.base import Settings
 from library.training.methods.base import Method
 from library.training.state import Progress
+
+
+def most_common_size(table: RecordTable) -> Size:
+    """The bucket that most images have."""
+    _, bucket, _ = max(table.by_bucket(), key=lambda found: len(found[2]))
+    return bucket
 
 
 class Provenance:
@@ -42,6 +49,8 @@ class Provenance:
         self.datasets = datasets
         self.dataset_fields = dataset_metadata(table, datasets, plan)
         self.world = plan.world
+        # sizes that come from metadata files: the one that most images have
+        self.resolution = datasets[0].resolution or most_common_size(table)
         kind = type(optimizer)
         self.optimizer = f"{kind.__module__}.{kind.__qualname__}"
         self.session_id = random.SystemRandom().randrange(2**32)
@@ -59,7 +68,7 @@ class Provenance:
         facts = RunFacts(
             base=base,
             datasets=self.dataset_fields,
-            resolution=self.datasets[0].resolution,
+            resolution=self.resolution,
             optimizer=self.optimizer,
             session_id=self.session_id,
             started_at=self.started_at,

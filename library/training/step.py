@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from library.data.dataset import Batch
+from library.data.batch import Batch
 from library.models.family import Family
 from library.models.noise import NoiseProcess, sample_noise
 from library.training.objective import squared_error
@@ -32,10 +32,12 @@ class TrainingStep(nn.Module):
 
     def losses(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(B,) float32 for scaled latents and noise (B, C, h, w) and timesteps (B,) of the caller's choice."""
-        condition = self.model.condition(self.model.encode_text(batch.captions), batch)
+        text = self.model.encode_text(batch.captions) if batch.text is None else batch.text
+        condition = self.model.condition(text, batch)
         noisy = self.noise.add_noise(latents, noise, timesteps)
         prediction = self.model.denoise(noisy, timesteps, condition)
-        return squared_error(prediction, self.noise.target(latents, noise, timesteps)) * batch.weights
+        target = self.noise.target(latents, noise, timesteps)
+        return squared_error(prediction, target, batch.loss_mask) * batch.weights
 
     @torch.no_grad()
     def latents_of(self, batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from library.data.batch import Batch
 from library.data.plan import BatchPlan
 from library.errors import UserError
 from library.options.logging import LogOptions
@@ -72,7 +74,21 @@ class Tracker:
         )
         self.speeds: deque[float] = deque(maxlen=_WINDOW)  # images per second of each step
         self.last_step = time.monotonic()
+        self.waited = 0.0  # seconds of this step in which there was no batch
+        self.times: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # of each step: seconds waited, and in all
         self.not_finite: int | None = None  # the first step whose loss was not and which moved the weights all the same
+
+    def fed_by(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """The loader's batches, with a clock on how long they let the step wait."""
+        batches = iter(loader)
+        while True:
+            asked = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.monotonic() - asked
+            yield batch
 
     def add(self, losses: Tensor, plan: BatchPlan) -> None:
         """A micro-batch's losses (B,)."""
@@ -85,7 +101,10 @@ class Tracker:
         loss = self.accelerator.reduce(self.loss, "sum")
         self.loss = None
         now = time.monotonic()
-        self.speeds.append(self.images_in_step / max(now - self.last_step, 1e-9))
+        elapsed = max(now - self.last_step, 1e-9)
+        self.speeds.append(self.images_in_step / elapsed)
+        self.times.append((self.waited, elapsed))
+        self.waited = 0.0
         self.last_step = now
         self._show()
         values = LaggedCopy(torch.stack([loss.float(), info.gradient_norm.float().to(loss.device)]))
@@ -122,8 +141,16 @@ class Tracker:
             f"loss {average:.4f}, lr {rate:.2e}, {speed:.1f} images/s, {used_memory()}", refresh=False
         )
         logs = {"loss/current": loss, "loss/average": average, "gradient_norm": norm, "images_per_second": speed}
+        waited, elapsed = map(sum, zip(*self.times, strict=True))
+        logs["waiting_for_data"] = waited / elapsed
         logs |= {f"lr/{name}": rate for name, rate in info.rates.items()}
         self.accelerator.log(logs, step=progress.step)
+
+    def log_text(self, name: str, markdown: str) -> None:
+        """A text about the whole run, to every tracker that shows texts."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_text(name, markdown)
 
     def log_pictures(self, pictures: dict[str, Image.Image], step: int) -> None:
         """Pictures by name, to every tracker that shows pictures."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from library.data.dataset import Batch
+from library.data.batch import Batch
 from library.randomness import address
 from library.training.events import Schedule
 from library.training.methods.base import Method
@@ -33,11 +33,11 @@ def train(
     """Trains until `loader` ends."""
     root.train()
     schedule.start(progress)
-    for batch in loader:
+    for batch in tracker.fed_by(loader):
         plan = batch.plan
         # counted over all processes, so that two of them draw what one draws with twice the accumulation
         seed_generators(seed, "micro-batch", plan.epoch, plan.step, plan.micro * world + rank)
-        method.on_micro_step(plan)
+        method.on_micro_step(batch)
         with stepper.micro_step(plan):
             losses = root(batch.to(device))
             stepper.backward(losses, plan)

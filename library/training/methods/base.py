@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.data.plan import BatchPlan
+from library.data.batch import Batch
 from library.models.family import Family
 from library.models.metadata import RunFacts
 
@@ -52,7 +52,7 @@ class Method(ABC):
     def enable_gradient_checkpointing(self) -> None:  # noqa: B027
         """Called where --gradient_checkpointing is set, after the model's own is on."""
 
-    def on_micro_step(self, plan: BatchPlan) -> None:  # noqa: B027
+    def on_micro_step(self, batch: Batch) -> None:  # noqa: B027
         """Called before every micro-batch."""
 
     def after_step(self, step: int) -> None:  # noqa: B027

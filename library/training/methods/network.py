@@ -4,10 +4,11 @@
 the model only through its attach points.
 """
 
+import contextlib
 import importlib
 import inspect
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from library.data.plan import BatchPlan
+from library.data.batch import Batch
 from library.errors import UserError
 from library.models.checkpoint import open_weights, stores_metadata, write_tensors
 from library.models.family import AttachPoints, Family
@@ -38,6 +39,7 @@ class NetworkMethod(Method):
         self.network: nn.Module
         self.points: AttachPoints
         self.epoch = 0
+        self.multiplier = 1.0
 
     def build(self, model: Family) -> nn.Module:
         model.requires_grad_(False)
@@ -81,7 +83,7 @@ class NetworkMethod(Method):
         ]
 
     def trains_text_encoder(self) -> bool:
-        return not self.options.network_train_unet_only
+        return self.options.trains_text_encoder
 
     def _trains_unet(self) -> bool:
         return not self.options.network_train_text_encoder_only
@@ -94,12 +96,24 @@ class NetworkMethod(Method):
     def enable_gradient_checkpointing(self) -> None:
         self.network.enable_gradient_checkpointing()
 
-    def on_micro_step(self, plan: BatchPlan) -> None:
-        if plan.epoch != self.epoch:
-            self.epoch = plan.epoch
+    def on_micro_step(self, batch: Batch) -> None:
+        if batch.plan.epoch != self.epoch:
+            self.epoch = batch.plan.epoch
             self.network.on_epoch_start(self._text_encoders(), self.points.unet)
+        self._set_multiplier(batch.network_multiplier)
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start()
+
+    @contextlib.contextmanager
+    def published_weights(self) -> Iterator[None]:
+        self._set_multiplier(1.0)  # each micro-batch sets its own
+        yield
+
+    def _set_multiplier(self, multiplier: float) -> None:
+        """How strongly the network acts on the model."""
+        if multiplier != self.multiplier:
+            self.network.set_multiplier(multiplier)
+            self.multiplier = multiplier
 
     def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         """The network writes its file aside, for what it puts there is its own affair; ours is hashed and whole."""
