@@ -14,12 +14,9 @@ GROUPS = (CacheToolOptions, *options.TRAINING)
 def main() -> None:
     console.setup(None)
     settings = cli.parse(GROUPS, description=__doc__)
-    from library.data.config import check_combinations, load_datasets
     from library.training import preflight
 
-    preflight.check_model(settings[options.ModelOptions].pretrained_model_name_or_path)
-    datasets = load_datasets(settings[options.DatasetOptions], settings.given)
-    check_combinations(datasets, options.CacheOptions(cache_latents_to_disk=True), trains_text_encoder=False)
+    datasets = preflight.check_caching(settings, options.CacheOptions(cache_latents_to_disk=True))
     with console.quiet_dependencies():
         from library.training.caching import cache_ahead
     skip_check = settings[options.CacheOptions].skip_cache_check or settings[CacheToolOptions].skip_existing

@@ -41,6 +41,14 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     return Plans(datasets, make_writable("--output_dir", settings[SaveOptions].output_dir), prompts)
 
 
+def check_caching(settings: Settings, caching: CacheOptions) -> tuple[DatasetConfig, ...]:
+    """The datasets for which a tool fills the caches of `caching`; UserError as above."""
+    check_model(settings[ModelOptions].pretrained_model_name_or_path)
+    datasets = load_datasets(settings[DatasetOptions], settings.given)
+    check_combinations(datasets, caching, trains_text_encoder=False)
+    return datasets
+
+
 def check_model(path: str | None) -> None:
     """A model must be named and be a file. What is in it is looked at later."""
     if not path:
