@@ -274,3 +274,12 @@ def test_a_full_disk_is_said(tmp_path, suffix):
     )
     assert result.stdout.startswith(f"{path} cannot be written: ")
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_tensor_with_a_name_in_a_pickled_file_is_passed_over(tmp_path):
+    torch.save({1: torch.ones(2), "a": torch.ones(3), "epoch": 4}, tmp_path / "a.ckpt")
+    with open_weights(tmp_path / "a.ckpt") as file:
+        assert list(file.keys()) == ["a"]
+    torch.save({1: torch.ones(2)}, tmp_path / "b.ckpt")
+    with pytest.raises(UserError, match=r"b\.ckpt"), open_weights(tmp_path / "b.ckpt"):
+        pass

@@ -98,6 +98,8 @@ class _SafetensorsFile(WeightsFile):
         try:
             header = json.loads(self._file.read(length))
             self.metadata = header.pop("__metadata__", {})
+            if not isinstance(self.metadata, dict):
+                raise ValueError("the metadata is no mapping")
             self._entries = {
                 key: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), *map(int, entry["data_offsets"]))
                 for key, entry in header.items()
@@ -150,9 +152,10 @@ class _PickledFile(WeightsFile):
             raise UserError(f"{path} is no PyTorch weights file, or is damaged or incomplete: copy it again") from error
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
-        if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        entries = content.items() if isinstance(content, dict) else ()
+        self._tensors = {key: value for key, value in entries if isinstance(key, str) and isinstance(value, Tensor)}
+        if not self._tensors:
             raise UserError(f"{path} holds no named tensors, so it is not a model")
-        self._tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
     def keys(self) -> list[str]:
         return list(self._tensors)

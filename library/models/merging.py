@@ -1,0 +1,242 @@
+"""Weighted sums of checkpoints in the original layout, made tensor by tensor while they are written."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from library import console
+from library.errors import UserError, some
+from library.models.checkpoint import Hashes, WeightsFile, hash_file, open_weights, stores_metadata, write_tensors
+from library.models.metadata import IMPLEMENTATION_VERSION
+from library.models.sgm_keys import UNET_PREFIX, Shapes, is_carried, is_dropped, usual_spelling
+
+# The start of a text encoder's names -> the families that have it, as in a sentence.
+_FAMILIES = {
+    "conditioner.embedders.": "an SDXL model",
+    "cond_stage_model.model.": "a Stable Diffusion 2.x model",
+    "cond_stage_model.transformer.": "a Stable Diffusion 1.x model",
+}
+_CONTEXT = ".attn2.to_k.weight"  # its width is that of the text, which tells U-Nets of SD 1.x and 2.x apart
+_INHERITED = tuple(f"modelspec.{name}" for name in ("architecture", "prediction_type", "resolution"))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How models are summed: one weight per model, in `dtype` on `device`; only the U-Net with `unet_only`.
+
+    Floating-point tensors come out as `stored`, each as in the first model if that is None.
+    """
+
+    ratios: Sequence[float]
+    unet_only: bool = False
+    dtype: torch.dtype = torch.float32
+    stored: torch.dtype | None = None
+    device: torch.device | str = "cpu"
+
+
+class MergedTensors(Mapping[str, Tensor]):
+    """The tensors of a merge under the first file's names, each computed when it is asked for, on the CPU. Never
+    more than one tensor of each file is in memory.
+
+    Whatever is no floating-point weight comes from the first file: position ids, tables of the noise schedule, and
+    tensors without a counterpart of the same shape in every file, which are listed in `skipped`. Averaged copies
+    from training (`model_ema.`) are left out: they would not be those of the merged weights.
+
+    Raises:
+        UserError: a file without a U-Net, or files of different families.
+    """
+
+    def __init__(self, files: Sequence[WeightsFile], recipe: Recipe):
+        self._files, self._recipe = files, recipe
+        names = [{usual_spelling(key): key for key in file.keys()} for file in files]  # noqa: SIM118 - no mapping
+        shapes = [{name: file.shape(key) for name, key in of.items()} for file, of in zip(files, names, strict=True)]
+        _check_same_family(files, shapes)
+        self.skipped: list[str] = []
+        self._sources: dict[str, list[str] | None] = {}  # by name in the first file: names in all, None if not summed
+        for key in files[0].keys():  # noqa: SIM118
+            name = usual_spelling(key)
+            if is_dropped(name):
+                continue
+            summed = _is_weight(name) and (name.startswith(UNET_PREFIX) or not recipe.unet_only)
+            fits = all(other.get(name) == shapes[0][name] for other in shapes[1:])
+            self._sources[key] = [key, *(of[name] for of in names[1:])] if summed and fits else None
+            if summed and not fits:
+                self.skipped.append(key)
+        self.left_out = len(files[0].keys()) - len(self._sources)
+
+    @property
+    def summed(self) -> int:
+        """How many tensors are summed."""
+        return sum(sources is not None for sources in self._sources.values())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, key: str) -> Tensor:
+        sources, recipe = self._sources[key], self._recipe
+        total = _read(self._files[0], key)
+        if not total.is_floating_point():
+            return total
+        stored = recipe.stored or total.dtype
+        if sources is None:
+            return total.to(stored)
+        total = total.to(recipe.device, recipe.dtype).mul_(recipe.ratios[0])
+        for file, name, ratio in zip(self._files[1:], sources[1:], recipe.ratios[1:], strict=True):
+            total.add_(_read(file, name).to(recipe.device, recipe.dtype), alpha=ratio)
+        return total.to("cpu", stored)
+
+
+def _read(file: WeightsFile, key: str) -> Tensor:
+    try:
+        return file.get(key)
+    except OSError as error:  # said here, since in the middle of writing it would look like a mistake of the output's
+        raise UserError(f"{file.path} cannot be read: {error.strerror}") from error
+
+
+def _is_weight(name: str) -> bool:
+    """Whether a tensor of this (usual) name is learned, so that a mean of several means something."""
+    return not is_carried(name) and not name.endswith("position_ids")
+
+
+def _check_same_family(files: Sequence[WeightsFile], shapes: Sequence[Shapes]) -> None:
+    for file, own in zip(files, shapes, strict=True):
+        if not any(name.startswith(UNET_PREFIX) for name in own):
+            raise UserError(
+                f"{file.path} has no U-Net under the names of the original layout ({UNET_PREFIX}...), its tensors are "
+                f"named {some(sorted(own))}: give complete checkpoints"
+            )
+    first, unet = files[0], {name: shape for name, shape in shapes[0].items() if name.startswith(UNET_PREFIX)}
+    for file, own in zip(files[1:], shapes[1:], strict=True):
+        family, other = _family(shapes[0]), _family(own)
+        if family and other and family != other:
+            raise UserError(
+                f"{file.path} is {other} and {first.path} is {family}: only models of one family can be merged"
+            )
+        fitting = [name for name, shape in unet.items() if own.get(name) == shape]
+        foreign_text = any(name.endswith(_CONTEXT) and own.get(name, shape) != shape for name, shape in unet.items())
+        if foreign_text or len(fitting) * 2 < len(unet):
+            raise UserError(
+                f"{file.path} is built differently from {first.path}, {len(fitting)} of {len(unet)} tensors of the "
+                "U-Net have the same name and shape: only models of one family can be merged"
+            )
+
+
+def _family(shapes: Shapes) -> str | None:
+    """The family as in a sentence, None where there is no text encoder to tell it by."""
+    return next((title for start, title in _FAMILIES.items() if any(name.startswith(start) for name in shapes)), None)
+
+
+def merge_models(models: Sequence[Path], output: Path, recipe: Recipe, show_skipped: bool = False) -> None:
+    """Write the weighted sum of checkpoints to `output`, which is replaced only when the new file is whole.
+
+    A .ckpt is collected in memory, a .safetensors file is not. UserError as from `open_weights`, `MergedTensors` and
+    `write_tensors`.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_weights(path)) for path in models]
+        merged = MergedTensors(files, recipe)
+        _tell(files, merged, recipe, show_skipped)
+        metadata, passes = None, 1
+        if stores_metadata(output):
+            metadata, passes = merged_metadata(files, recipe, output.stem), 2  # the header first, then the content
+        with tqdm(total=passes * len(merged), desc="merging", unit="tensor", delay=1, leave=False) as bar:
+            watched = _Watched(merged, bar)
+            write_tensors(output, watched, None, metadata)
+    if watched.not_finite:
+        console.warn(
+            f"{output}: {len(watched.not_finite)} tensors hold values that are not finite, or too large for the number "
+            f"format they are saved in: {some(sorted(watched.not_finite))}"
+        )
+
+
+class _Watched(Mapping[str, Tensor]):
+    """The same tensors; shows progress and notes those that are not finite."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], bar: tqdm):
+        self._tensors, self._bar = tensors, bar
+        self.not_finite: set[str] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self._tensors[key]
+        self._bar.update()
+        # torch has no test for 8-bit floats
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
+            self.not_finite.add(key)
+        return tensor
+
+
+def _tell(files: Sequence[WeightsFile], merged: MergedTensors, recipe: Recipe, show_skipped: bool) -> None:
+    total = sum(recipe.ratios)
+    if abs(total - 1) > 1e-6:
+        console.notice(f"the ratios sum to {total:g}, not to 1, and are used as they are")
+    predictions = Counter(prediction for file in files if (prediction := _prediction(file)))
+    if len(predictions) > 1:
+        console.warn(f"the models predict different things ({', '.join(sorted(predictions))}): their sum may not work")
+    console.notice(f"{merged.summed} tensors are merged, {len(merged) - merged.summed} come from the first model")
+    if merged.left_out:
+        console.notice(f"{merged.left_out} tensors of training (averaged weights, losses) are left out")
+    if merged.skipped:
+        hint = "" if show_skipped else "; --show_skipped lists them"
+        console.warn(
+            f"{len(merged.skipped)} tensors are missing in another model or have another shape there, "
+            f"and are kept from the first one{hint}"
+        )
+        if show_skipped:
+            print(*merged.skipped, sep="\n")
+
+
+def _prediction(file: WeightsFile) -> str | None:
+    """What the model says its U-Net predicts, if it says so: the marker tensor counts before the metadata."""
+    return "v" if "v_pred" in file.keys() else file.metadata.get("modelspec.prediction_type")  # noqa: SIM118
+
+
+def merged_metadata(files: Sequence[WeightsFile], recipe: Recipe, title: str) -> dict[str, str]:
+    """The metadata of a merge: `modelspec.*`, and `sd_merge_*` with the hashes of the files, which are read for it.
+
+    What the first model says of its architecture, prediction and resolution is taken over. No paths, only names.
+    """
+    hashes = [hash_file(file.path) for file in files]
+    first = files[0].metadata
+    fields = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": title,
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.implementation_version": IMPLEMENTATION_VERSION,
+        "modelspec.merged_from": ", ".join(file.path.stem for file in files),
+        "sd_merge_recipe": json.dumps(_recipe_text(recipe, hashes)),
+        "sd_merge_models": json.dumps(
+            {
+                own.sha256: {"name": file.path.name, "legacy_hash": own.legacy}
+                for file, own in zip(files, hashes, strict=True)
+            }
+        ),
+    }
+    return fields | {name: first[name] for name in _INHERITED if name in first}
+
+
+def _recipe_text(recipe: Recipe, hashes: Sequence[Hashes]) -> dict[str, Any]:
+    return {
+        "type": "atelier",
+        "models": [own.sha256 for own in hashes],
+        "ratios": list(recipe.ratios),
+        "unet_only": recipe.unet_only,
+        "precision": str(recipe.dtype).removeprefix("torch."),
+    }
