@@ -34,7 +34,7 @@ def run(main: Callable[[], None]) -> None:
         console.error(_not_installed(error.name))
         sys.exit(2)
     except KeyboardInterrupt:
-        console.error("interrupted: what was saved so far stays, the rest is lost")
+        console.error("interrupted: what is written so far stays")
         sys.exit(130)
 
 
@@ -124,7 +124,7 @@ def _add(section: Any, option: Option, default: Any) -> None:
         keywords["metavar"] = option.details.metavar
         keywords["nargs"] = "*" if option.many else None
         if option.details.choices:
-            help += f" (one of: {', '.join(option.details.choices)})"
+            help += f" (one of: {', '.join(map(str, option.details.choices))})"
         if default not in (None, ""):
             help += f" [{default}]"
     section.add_argument(f"--{option.name}", help=help.replace("%", "%%"), **keywords)

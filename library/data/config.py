@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from library.console import notice, warn
-from library.data import captions
+from library.data import captions, images
 from library.data.buckets import Buckets, Size
 from library.data.captions import CaptionOptions
 from library.data.config_file import DatasetTable, SubsetTable, read_dataset_file
@@ -169,7 +169,7 @@ def check_combinations(datasets: Sequence[DatasetConfig], cache: CacheOptions, t
             f"with networks by --network_train_unet_only, or drop {text_flag}"
         )
     for subset in (subset for dataset in datasets for subset in dataset.subsets):
-        varying = next((name for name in _VARY_LATENTS if getattr(subset.images, name)), None)
+        varying = images.varies(subset.images)
         if cache.latents and varying:
             raise UserError(
                 f"{subset.where(varying)}: makes images different each time, so that they cannot be cached: drop it or "
@@ -181,9 +181,6 @@ def check_combinations(datasets: Sequence[DatasetConfig], cache: CacheOptions, t
                 f"{subset.where(varying)}: makes captions different each time, so that they cannot be cached: drop it "
                 f"or {text_flag}"
             )
-
-
-_VARY_LATENTS = ("color_aug", "random_crop", "face_crop_aug_range")
 
 
 def _check_kind(kind: str, kinds: frozenset[str], where: str) -> None:

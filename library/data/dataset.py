@@ -1,5 +1,6 @@
 """Plans -> batches: what a loader process does, and the loader itself."""
 
+import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -176,9 +177,9 @@ def size_conditioning(record: Record, geometry: Geometry, flipped: bool) -> tupl
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader that tells the user of unusable files, in the main process and once each, and collects them.
+    """A DataLoader that tells the user of unusable files, once each, and collects them.
 
-    Raises UserError when there is nothing left but regularisation images.
+    Raises UserError when there is nothing left but regularisation images, or a folder of images is gone.
     """
 
     def __init__(self, *args, **kwargs):
@@ -195,7 +196,10 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             for record, failure in batch.failures.items():
-                warn(failure)
+                folder = os.path.dirname(self.dataset.table[record].path)
+                if not os.path.isdir(folder):
+                    raise UserError(f"the folder {folder} is gone, so the training cannot go on: put it back")
+                warn(failure, of_any_process=True)
                 self.failures.add(record)
                 self._usable[record] = False
             if batch.failures and not self._usable.any():

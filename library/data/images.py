@@ -23,6 +23,7 @@ __all__ = [
     "load_mask",
     "mask",
     "product",
+    "varies",
     "read_size",
     "resize",
     "to_model_range",
@@ -65,8 +66,11 @@ def load(path: str | os.PathLike, options: ImageOptions) -> tuple[np.ndarray, np
 
 
 def load_mask(path: str | os.PathLike, *, legacy: bool = False) -> np.ndarray:
-    """The red channel of a mask file, float32 (H, W) in 0..1. Raises BrokenImage."""
-    return decode_mask(path, legacy=legacy)
+    """The red channel of a mask file, float32 (H, W) in 0..1. Raises BrokenImage, which names the file."""
+    try:
+        return decode_mask(path, legacy=legacy)
+    except BrokenImage as problem:
+        raise BrokenImage(f"its mask {path}: {problem}") from None
 
 
 def example(
@@ -95,6 +99,12 @@ def example(
     if flipped:
         image, covered = flip(image), None if covered is None else flip(covered)
     return Example(image, covered, flipped)
+
+
+def varies(options: ImageOptions) -> str | None:
+    """The first option by which an image changes from use to use, or None. Mirroring, of two kinds, is not among them."""
+    names = ("color_aug", "random_crop", "face_crop_aug_range")
+    return next((name for name in names if getattr(options, name)), None)
 
 
 def flips(options: ImageOptions, rng: np.random.Generator) -> bool:

@@ -39,7 +39,8 @@ def paint(
 
     What the request leaves open: no negative prompt, 30 steps, scale 7.5, `default_sampler` and `default_size`
     (width, height) in pixels. Sizes are rounded down to what the model can do. A scale of 1 or less paints without
-    guidance, as in Diffusers. The request must have a seed (ValueError). Raises UserError for an unknown sampler.
+    guidance, as in Diffusers. Weights in prompts, as in `(word:1.3)`, are heeded. The request must have a seed
+    (ValueError). Raises UserError for an unknown sampler.
 
     Guidance: Ho and Salimans, Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598
     """
@@ -54,7 +55,7 @@ def paint(
     device = next(model.unet.parameters()).device
     with torch.no_grad(), evaluating(model):
         captions = [request.prompt] if scale <= 1 else [request.negative_prompt or "", request.prompt]
-        condition = model.condition(model.encode_text(captions))
+        condition = model.condition(model.encode_text(captions, painting=True))
         # Drawn on the CPU and kept in float32, so that device and precision of the model change nothing but roundings.
         shape = (1, model.latents.channels, height // model.latents.factor, width // model.latents.factor)
         noise = torch.randn(shape, generator=generator).to(device)

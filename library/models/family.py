@@ -17,7 +17,7 @@ from library.errors import UserError, some
 from library.models.checkpoint import WeightsFile, open_weights, write_tensors
 from library.models.noise import NoiseProcess, torch_generator
 from library.models.sgm_keys import KeyMap, Shapes, is_carried, is_dropped, usual_spelling
-from library.models.text import TextOutputs, Tokenizer
+from library.models.text import TextOptions, TextOutputs, Tokenizer
 from library.transfer import to_device
 
 
@@ -81,6 +81,7 @@ class Family(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        self.text = TextOptions()
         self.carried: dict[str, Tensor] = {}  # tensors of the file that no module uses, written back as they came
 
     @classmethod
@@ -108,8 +109,10 @@ class Family(nn.Module, ABC):
         """The modules that make up a file, with their names in it."""
 
     @abstractmethod
-    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Captions -> what the text encoders say of them, batch first, one entry per encoder and kind."""
+    def encode_text(self, captions: Sequence[str], *, painting: bool = False) -> dict[str, Tensor]:
+        """Captions -> what the text encoders say of them, batch first, one entry per encoder and kind; read as `text`
+        says. `painting` always heeds weights in captions, and restores the mean over tokens and channels afterwards.
+        """
 
     @abstractmethod
     def condition(self, text: Mapping[str, Tensor], batch: Any = None) -> dict[str, Tensor]:
@@ -130,6 +133,15 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def enable_gradient_checkpointing(self, unet: bool = True, text_encoders: bool = False) -> None:
         """Compute activations twice instead of keeping them; takes effect in training mode."""
+
+    def read_captions(self, options: TextOptions) -> None:
+        """Have captions read in this way from now on. UserError if a text encoder has too few layers for it."""
+        layers = min(encoder.layers for encoder in self.text_encoders)
+        if options.clip_skip is not None and options.clip_skip > layers:
+            raise UserError(
+                f"--clip_skip {options.clip_skip} is too large: this model's text encoder has {layers} layers"
+            )
+        self.text = options
 
     def encode_images(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Images (B, 3, H, W), -1..1 -> unscaled latents (B, C, H/factor, W/factor), float32, drawn from the

@@ -21,7 +21,7 @@ from library.models.sgm_keys import (
     vae_config,
     vae_key_map,
 )
-from library.models.text import TextEncoder, TextOutputs, Tokenizer
+from library.models.text import TextEncoder, TextOutputs, Tokenizer, weigh
 
 
 class StableDiffusion1(Family):
@@ -76,12 +76,14 @@ class StableDiffusion1(Family):
             (self.text_encoders[0].model, clip_key_map()),
         ]
 
-    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """{"hidden_state1": (B, 77, width)}: the last layer through the final norm."""
-        return {"hidden_state1": self.text_encoders[0](self.tokenizer(captions))}
+    def encode_text(self, captions: Sequence[str], *, painting: bool = False) -> dict[str, Tensor]:
+        """{"hidden_state1": (B, token length + 2, width)}: the last layer, or clip skip's, through the final norm."""
+        tokens = self.tokenizer(captions, self.text.token_length, painting or self.text.weighted)
+        hidden = self.text_encoders[0](tokens.ids, self.text.clip_skip or 1)
+        return {"hidden_state1": weigh(hidden, tokens.weights, restore_mean=painting)}
 
     def condition(self, text: Mapping[str, Tensor], batch: Any = None) -> dict[str, Tensor]:
-        """{"encoder_hidden_states": (B, 77, width)}."""
+        """{"encoder_hidden_states": (B, token length + 2, width)}."""
         return {"encoder_hidden_states": text["hidden_state1"]}
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor], **extras: Any) -> Tensor:

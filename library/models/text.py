@@ -6,6 +6,7 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from library.models.prompt_weights import BEGIN, CHUNK, END, chunks, split_weights, weight_chunks
 from library.transfer import to_device
 
 _VOCABULARY = Path(__file__).parent / "data" / "bpe_simple_vocab_16e6.txt.gz"
 _VOCABULARY_SIZE = 49408
-BEGIN, END = 49406, 49407
-CHUNK = 75  # tokens between begin and end in one pass through the encoder
 
 _FULL_AND_HALF_WIDTH = range(0xFF01, 0xFFF0)
 _LIGATURES = (*range(0xFB00, 0xFB07), 0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4))
@@ -70,9 +70,31 @@ def clip_tokenizer() -> CLIPTokenizer:
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     assert len(tokens) == _VOCABULARY_SIZE
+    assert tokens.index("<|startoftext|>") == BEGIN
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=CHUNK + 2
     )
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How captions are read, whatever the family."""
+
+    token_length: int = CHUNK
+    """Tokens of a caption that are read: 75, or a multiple of it in as many passes through the encoders."""
+    clip_skip: int | None = None
+    """The layer whose answer counts, from the last (1) on; None: the one the family was trained with."""
+    weighted: bool = False
+    """Whether weights in captions, as in `(word:1.3)`, are heeded in training."""
+
+
+class Tokens(NamedTuple):
+    """Captions as encoders take them, on the CPU; n chunks of 75 tokens each."""
+
+    ids: Tensor
+    """(B, n, 77) int64."""
+    weights: Tensor | None
+    """(B, n, 77) float32; None where all are 1."""
 
 
 class Tokenizer:
@@ -86,14 +108,25 @@ class Tokenizer:
         """The caption's own ids, however many, without begin, end and padding."""
         return self.backend(clean(caption), add_special_tokens=False)["input_ids"]
 
-    def chunk(self, ids: Sequence[int]) -> list[int]:
-        """One pass through the encoder: at most 75 ids between begin and end, padded to 77."""
-        wrapped = [BEGIN, *ids[:CHUNK], END]
-        return wrapped + [self.pad] * (CHUNK + 2 - len(wrapped))
+    def weighted_words(self, caption: str) -> tuple[list[int], list[float]]:
+        """The same and their weights; what gives the weights has no ids."""
+        ids, weights = [], []
+        for text, weight in split_weights(caption):
+            own = self.words(text)
+            ids += own
+            weights += [weight] * len(own)
+        return ids, weights
 
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Ids (B, 77), int64 on the CPU; what does not fit is cut off."""
-        return torch.tensor([self.chunk(self.words(caption)) for caption in captions], dtype=torch.int64)
+    def __call__(self, captions: Sequence[str], length: int = CHUNK, weighted: bool = False) -> Tokens:
+        """What does not fit into `length` tokens, a multiple of 75, is cut off."""
+        if not weighted:
+            return Tokens(self._ids([self.words(caption) for caption in captions], length), None)
+        ids, weights = zip(*map(self.weighted_words, captions), strict=True)
+        rows = torch.tensor([weight_chunks(one, length) for one in weights], dtype=torch.float32)
+        return Tokens(self._ids(ids, length), None if (rows == 1).all() else rows)
+
+    def _ids(self, words: Sequence[Sequence[int]], length: int) -> Tensor:
+        return torch.tensor([chunks(ids, length, self.pad) for ids in words], dtype=torch.int64)
 
 
 class TextOutputs(NamedTuple):
@@ -116,25 +149,34 @@ class TokenReport(NamedTuple):
     """The end of the caption that is not read; None if all of it is."""
 
 
-def token_report(caption: str, tokenizer: Tokenizer, length: int = CHUNK) -> TokenReport:
+def token_report(caption: str, tokenizer: Tokenizer, length: int = CHUNK, weighted: bool = False) -> TokenReport:
     """How many tokens a caption has, and what of it lies beyond the first `length` of them.
 
     The end is given as it stands in the caption; where that cannot be told, because an HTML entity is in the way, as
-    the model would read it.
+    the model would read it. If it is `weighted`, brackets and numbers that give weights are left out.
     """
-    cleaned = clean(caption)
+    count, cut = 0, ""
+    for text, _ in split_weights(caption) if weighted else [(caption, 1.0)]:
+        own = _piece_report(text, tokenizer, max(length - count, 0))
+        count += own.count
+        cut += text if cut and own.cut is None else own.cut or ""
+    return TokenReport(count, cut or None)
+
+
+def _piece_report(text: str, tokenizer: Tokenizer, length: int) -> TokenReport:
+    cleaned = clean(text)
     places = tokenizer.backend(cleaned, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     if len(places) <= length:
         return TokenReport(len(places), None)
     start = places[length][0]
     seen, rest = cleaned[:start].rstrip(), cleaned[start:].lstrip()
     # cleaning a beginning of the caption gives a beginning of the cleaned caption, the longer the longer
-    cut = caption[bisect_left(range(len(caption)), len(seen), key=lambda end: len(clean(caption[:end]))) :]
+    cut = text[bisect_left(range(len(text)), len(seen), key=lambda end: len(clean(text[:end]))) :]
     return TokenReport(len(places), cut if clean(cut) == rest else rest)
 
 
 class TextEncoder(nn.Module):
-    """A CLIP text encoder: ids (B, 77) -> hidden states (B, 77, width), last layer through the final norm."""
+    """A CLIP text encoder: ids (B, n, 77) -> hidden states (B, 75 x n + 2, width), through the final norm."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -151,6 +193,40 @@ class TextEncoder(nn.Module):
         new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
         getattr(self.model, new if hasattr(self.model, new) else old)()
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, layer: int = 1) -> Tensor:
+        """`layer` is the one whose answer is taken, from the last (1) on."""
         ids = to_device(ids, self.model.embeddings.token_embedding.weight.device)
-        return self.model(input_ids=ids).last_hidden_state
+        batch, count, _ = ids.shape
+        if layer == 1:
+            hidden = self.model(input_ids=ids.flatten(0, 1)).last_hidden_state
+        else:
+            hidden = self.model(input_ids=ids.flatten(0, 1), output_hidden_states=True).hidden_states[-layer]
+            hidden = self.model.final_layer_norm(hidden)
+        return joined(hidden.unflatten(0, (batch, count)))
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return self.model.config.num_hidden_layers
+
+
+def joined(passes: Tensor) -> Tensor:
+    """What belongs to the tokens of n chunks (B, n, 77, ...) -> (B, 75 x n + 2, ...): the first begin, all that is
+    between begin and end, the last end.
+    """
+    return torch.cat([passes[:, 0, :1], passes[:, :, 1:-1].flatten(1, 2), passes[:, -1, -1:]], dim=1)
+
+
+def weigh(hidden: Tensor, weights: Tensor | None, restore_mean: bool = False) -> Tensor:
+    """Hidden states (B, 75 x n + 2, width), each token's multiplied by its weight (B, n, 77); None is 1 for all.
+
+    `restore_mean` scales each caption's so that their mean over tokens and channels is what it was.
+    """
+    if weights is None:
+        return hidden
+    plain = hidden.float()
+    weighted = plain * joined(to_device(weights, hidden.device)).unsqueeze(-1)
+    if restore_mean:
+        old, new = plain.mean((-2, -1), keepdim=True), weighted.mean((-2, -1), keepdim=True)
+        weighted = weighted * torch.where((old == new) | (new == 0), 1.0, old / new)
+    return weighted.to(hidden.dtype)

@@ -30,7 +30,7 @@ class _Details:
 
     help: str
     metavar: str
-    choices: tuple[str, ...]
+    choices: tuple[Any, ...]
     aliases: tuple[str, ...]
     minimum: float | None
     secret: bool
@@ -41,7 +41,7 @@ def option(
     help: str,
     *,
     metavar: str = "VALUE",
-    choices: Sequence[str] = (),
+    choices: Sequence[Any] = (),
     aliases: Sequence[str] = (),
     minimum: float | None = None,
     secret: bool = False,
@@ -70,7 +70,8 @@ class Option:
         value = _READERS[self.kind](text)
         choices, minimum = self.details.choices, self.details.minimum
         if choices and value not in choices:
-            raise ValueError(f"{text!r} is none of {', '.join(choices)}{suggest(text, choices)}")
+            names = [str(choice) for choice in choices]
+            raise ValueError(f"{text!r} is none of {', '.join(names)}{suggest(text, names)}")
         if minimum is not None and not value >= minimum:
             raise ValueError(f"{text} is too small, use {minimum} or more")
         return value

@@ -4,10 +4,12 @@ import os
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 
 from library import console
+from library.data import images
 from library.data.caching.cache import Encode, Tally, write_latents
 from library.data.caching.latents_file import LatentsLayout
 from library.data.caching.latents_plan import LatentsPlan, plan_latents
@@ -34,8 +36,8 @@ def vae_encoder(model: Family) -> Encode:
     """Encodes images on whichever device the autoencoder is."""
 
     @torch.no_grad()
-    def encode(images: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        return model.encode_images(images, seeds).cpu()
+    def encode(pixels: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        return model.encode_images(pixels, seeds).cpu()
 
     return encode
 
@@ -45,9 +47,11 @@ def plan_for_run(
 ) -> LatentsPlan | None:
     """Which latents a run needs; None if it encodes its images as it goes.
 
-    It does so without --cache_latents, unless all latents are there under the sizes that the metadata names.
+    It does so without --cache_latents, unless there are latents made ahead at the sizes that the metadata names; those
+    that are missing are then made for this run.
     """
-    prepared = all(table.predefined(number) for number in range(len(datasets)))
+    varied = any(images.varies(subset.images) for dataset in datasets for subset in dataset.subsets)
+    prepared = not varied and all(table.predefined(number) for number in range(len(datasets)))
     if not options.latents and not prepared:
         return None
     plan = plan_latents(
@@ -58,7 +62,7 @@ def plan_for_run(
         skip_check=options.skip_cache_check,
         recache_unknown=options.recache_unknown and options.latents,
     )
-    return plan if options.latents or not plan.missing else None
+    return plan if options.latents or plan.missing < np.count_nonzero(plan.states) else None
 
 
 def cache_ahead(settings: Settings, datasets: Sequence[DatasetConfig], *, skip_check: bool) -> None:
@@ -90,8 +94,8 @@ def cache_ahead(settings: Settings, datasets: Sequence[DatasetConfig], *, skip_c
             info.load_vae(precision.choose(settings[PrecisionOptions], settings[SaveOptions], mixed).vae, device)
         )
 
-    def encode(images: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        return encoder()(images, seeds)
+    def encode(pixels: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        return encoder()(pixels, seeds)
 
     tally = write_latents(plan, encode, batch_size=options.vae_batch_size, rank=rank, world=world)
     print(_report(tally, device, rank, world), flush=True)

@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from library.data.records import RecordTable
+from library.errors import UserError
 from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
 from library.training.movement import Movement
 from library.training.previews import Previewer
 from library.training.saving import Saver
 from library.training.state import Progress
+from library.training.step import TrainingStep
+from library.training.tracking import LaggedCopy
 
 
 class Event(Protocol):
@@ -91,6 +95,33 @@ class Preview:
     def __call__(self, progress: Progress) -> None:
         by_epochs = bool(self.options.epoch_interval)
         self.previewer.paint(progress, f"e{progress.epoch:06d}" if by_epochs else f"{progress.step:06d}")
+
+
+class CheckLatents:
+    """After every step: were the latents of the step before finite? Read late, so that the device never waits."""
+
+    def __init__(self, step: TrainingStep, table: RecordTable):
+        self.step = step
+        self.table = table
+        self.on_the_way: list[tuple[LaggedCopy, list[int]]] = []
+
+    def due(self, progress: Progress) -> bool:
+        return bool(self.step.unusable or self.on_the_way)
+
+    def __call__(self, progress: Progress) -> None:
+        self.check()
+        self.on_the_way = [(LaggedCopy(flags), records) for flags, records in self.step.unusable]
+        self.step.unusable.clear()
+        if progress.finished:
+            self.check()
+
+    def check(self) -> None:
+        """UserError for the first image whose latents were not finite; nothing was learned from it."""
+        for flags, records in self.on_the_way:
+            for is_unusable, record in zip(flags.read(), records, strict=True):
+                if is_unusable:
+                    path = self.table[record].path
+                    raise UserError(f"{path}: the VAE's latents for this image are not finite: use --no_half_vae")
 
 
 class CheckMovement:

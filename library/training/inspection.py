@@ -8,9 +8,11 @@ from library.models.registry import ModelInfo
 from library.models.text import token_report
 from library.options.base import Settings
 from library.options.dataset import DatasetOptions
+from library.options.model import ModelOptions
 from library.options.saving import SaveOptions
 from library.options.training import TrainingOptions
 from library.training.preflight import Plans
+from library.training.text_caching import text_options
 
 
 def show_dataset(settings: Settings, plans: Plans, info: ModelInfo, table: RecordTable, run: RunPlan) -> None:
@@ -20,10 +22,13 @@ def show_dataset(settings: Settings, plans: Plans, info: ModelInfo, table: Recor
     training = settings[TrainingOptions]
     # one process that sees in each step what all of the run's see together
     plan = RunPlan(table, plans.datasets, seed=run.seed, accumulation=run.accumulation * run.world)
-    tokenizers = info.family.tokenizers()
+    tokenizers, text = info.family.tokenizers(), text_options(settings[ModelOptions])
 
     def count_tokens(caption: str) -> dict[str, tuple[int, str]]:
-        reports = {name: token_report(caption, tokenizer) for name, tokenizer in tokenizers.items()}
+        reports = {
+            name: token_report(caption, tokenizer, text.token_length, text.weighted)
+            for name, tokenizer in tokenizers.items()
+        }
         return {name: (report.count, report.cut or "") for name, report in reports.items()}
 
     page = write_sheet(

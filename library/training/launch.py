@@ -5,14 +5,14 @@ import time
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object, parse_flag_from_env
 from torch import nn
 
 from library import console
 from library.data.config import check_resolutions
-from library.data.dataset import ImageDataset, make_loader
+from library.data.dataset import BatchLoader, ImageDataset, make_loader
 from library.data.plan import PlanSampler, RunPlan
-from library.data.records import RecordTable, check_buckets, scan
+from library.data.records import RecordTable, check_buckets
 from library.data.report.chart import chart
 from library.data.report.summary import summarise
 from library.models.registry import inspect_model
@@ -35,15 +35,17 @@ from library.training.methods.base import Method, ParameterGroup
 from library.training.movement import Movement
 from library.training.optimizers import check_optimizer, make_optimizer
 from library.training.preflight import Plans
-from library.training.preparation import prepare_caches
+from library.training.preparation import Caches, prepare_caches
 from library.training.previews import Previewer
 from library.training.provenance import Provenance
 from library.training.report import after_training, before_training
 from library.training.saving import Saver
+from library.training.scanning import scan_together
 from library.training.schedulers import make_scheduler
 from library.training.state import Progress
 from library.training.step import TrainingStep
 from library.training.stepper import Stepper
+from library.training.text_caching import text_options
 from library.training.trainer import seed_generators, train
 
 
@@ -69,6 +71,7 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
     caching = plan_for_run(settings[CacheOptions], info, table, plans.datasets)
     cached = caching is not None and not caching.missing
     model = info.load(formats.frozen, accelerator.device, formats.vae, vae_device="cpu" if cached else None)
+    model.read_captions(text_options(settings[ModelOptions]))
     caches = prepare_caches(settings[CacheOptions], caching, info, model, table, plans.datasets, accelerator)
     seed_generators(seed, "first weights")
     step = TrainingStep(model, method.build(model), model.noise_process())
@@ -87,20 +90,7 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
     stepper = Stepper(accelerator, root, prepared, scheduler, names, settings[OptimizerOptions].clip_norm)
 
     # What it is fed with, and what happens besides.
-    dataset = ImageDataset(
-        table,
-        plans.datasets,
-        caches.latents,
-        caches.text,
-        latent_factor=info.latents.factor,
-        masked_loss=settings[DatasetOptions].masked_loss,
-        prior_loss_weight=training.prior_loss_weight,
-        total_steps=total_steps,
-    )
-    sampler = PlanSampler(plan, progress.step, total_steps)
-    loader = make_loader(
-        dataset, sampler, settings[LoaderOptions].workers, pin_memory=accelerator.device.type == "cuda"
-    )
+    loader = load_batches(settings, plans, plan, caches, info.latents.factor, progress, accelerator)
     summary = summarise(table, plans.datasets, plan, training.total_steps)
     accelerator.print(before_training(summary, progress, groups, accelerator))
     provenance = Provenance(
@@ -114,6 +104,7 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
     previewer = Previewer(settings[PreviewOptions], plans.prompts, target, method, step, tracker, accelerator)
     schedule = events.Schedule(
         [
+            events.CheckLatents(step, table),
             events.CheckMovement(movement),
             events.Preview(settings[PreviewOptions], previewer),
             events.SaveStep(settings[SaveOptions], saver),
@@ -135,6 +126,7 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
+    loader.failures.update(gather_object(sorted(loader.failures)))  # each process has met its own
     accelerator.print(after_training(movement, loader.left_out))
     # The wrapper of several processes goes before their connection: Gloo hangs when it is taken down along with it.
     del root, stepper
@@ -154,7 +146,12 @@ def make_accelerator(settings: Settings) -> tuple[Accelerator, precision.Precisi
         mixed_precision=mixed,
         log_with="tensorboard" if folder else None,
         project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # buffers are constants here
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,  # they are constants here
+                find_unused_parameters=(settings[ModelOptions].clip_skip or 1) > 1,  # those of the layers skipped
+            )
+        ],
     )
     console.setup(folder and folder / "messages.log")
     return accelerator, precision.choose(settings[PrecisionOptions], settings[SaveOptions], mixed)
@@ -164,7 +161,7 @@ def plan_run(
     training: TrainingOptions, plans: Plans, seed: int, accelerator: Accelerator
 ) -> tuple[RecordTable, RunPlan]:
     """What there is to train on, and which of it every step of this process sees."""
-    table = scan(plans.datasets)
+    table = scan_together(plans.datasets, accelerator)
     plan = RunPlan(
         table,
         plans.datasets,
@@ -174,6 +171,31 @@ def plan_run(
         rank=accelerator.process_index,
     )
     return table, plan
+
+
+def load_batches(
+    settings: Settings,
+    plans: Plans,
+    plan: RunPlan,
+    caches: Caches,
+    latent_factor: int,
+    progress: Progress,
+    accelerator: Accelerator,
+) -> BatchLoader:
+    """This process's batches of the steps that are left."""
+    dataset = ImageDataset(
+        plan.table,
+        plans.datasets,
+        caches.latents,
+        caches.text,
+        latent_factor=latent_factor,
+        masked_loss=settings[DatasetOptions].masked_loss,
+        prior_loss_weight=settings[TrainingOptions].prior_loss_weight,
+        total_steps=progress.total_steps,
+    )
+    sampler = PlanSampler(plan, progress.step, progress.total_steps)
+    workers = settings[LoaderOptions].workers
+    return make_loader(dataset, sampler, workers, pin_memory=accelerator.device.type == "cuda")
 
 
 def train_only(step: nn.Module, groups: list[ParameterGroup]) -> None:

@@ -53,7 +53,7 @@ def prepare_caches(
             table,
             datasets,
             model.encode_text,
-            text_layout(info),
+            text_layout(info, model.text),
             to_disk=options.text_to_disk,
             batch_size=options.text_encoder_batch_size,
             skip_check=options.skip_cache_check,

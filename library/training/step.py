@@ -22,13 +22,19 @@ class TrainingStep(nn.Module):
         self.model = model
         self.trained = trained
         self.noise = noise
+        self.unusable: list[tuple[Tensor, list[int]]] = []
+        """Of each batch whose images were encoded: which latents were not finite (B,), and its records."""
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B,) float32: each sample's loss times its weight."""
+        """(B,) float32: each sample's loss times its weight, 0 for latents that are not finite."""
         latents = self.latents_of(batch)
+        finite = torch.isfinite(latents).flatten(1).all(dim=1)
+        if batch.latents is None:
+            self.unusable.append((~finite, batch.records))
+            latents = torch.where(finite[:, None, None, None], latents, 0)
         timesteps = to_device(self.noise.sample_timesteps(batch.seeds), latents.device)
         noise = to_device(sample_noise(latents.shape[1:], batch.seeds), latents.device)
-        return self.losses(batch, latents, noise, timesteps)
+        return self.losses(batch, latents, noise, timesteps) * finite
 
     def losses(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(B,) float32 for scaled latents and noise (B, C, h, w) and timesteps (B,) of the caller's choice."""

@@ -12,17 +12,28 @@ from library.data.config import DatasetConfig
 from library.data.records import scan
 from library.errors import UserError, some
 from library.models.family import Family
+from library.models.prompt_weights import CHUNK
 from library.models.registry import ModelInfo, inspect_model
+from library.models.text import TextOptions
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.model import ModelOptions
 from library.training.precision import Precision
 
 
-def text_layout(info: ModelInfo) -> TextLayout:
-    """How the text encoder outputs of a model are kept. Reads its text encoders' weights, once."""
+def text_options(options: ModelOptions) -> TextOptions:
+    """How captions are to be read."""
+    return TextOptions(options.max_token_length or CHUNK, options.clip_skip, options.weighted_captions)
+
+
+def text_layout(info: ModelInfo, text: TextOptions) -> TextLayout:
+    """How a model's text encoder outputs, for captions read like this, are kept. Reads its text encoders' weights,
+    once.
+    """
     outputs = info.family.text_outputs
-    return TextLayout(outputs.suffix, outputs.arrays, info.text_fingerprint)
+    return TextLayout(
+        outputs.suffix, outputs.arrays, info.text_fingerprint, text.token_length, text.clip_skip, text.weighted
+    )
 
 
 def cache_text_ahead(
@@ -40,10 +51,12 @@ def cache_text_ahead(
     """
     options = settings[CacheOptions]
     info = inspect_model(settings[ModelOptions].pretrained_model_name_or_path)
+    text = text_options(settings[ModelOptions])
 
     @cache
     def model() -> Family:
         loaded = info.load(formats.frozen, "cpu")
+        loaded.read_captions(text)
         loaded.text_encoders.to(accelerator.device)
         return loaded
 
@@ -54,7 +67,7 @@ def cache_text_ahead(
         scan(datasets),
         datasets,
         encode,
-        text_layout(info),
+        text_layout(info, text),
         batch_size=options.text_encoder_batch_size,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
