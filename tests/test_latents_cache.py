@@ -28,7 +28,7 @@ def said(monkeypatch):
     """Warnings to the user."""
     messages = []
     for module in ("caching.cache", "dataset"):
-        monkeypatch.setattr(f"library.data.{module}.warn", messages.append)
+        monkeypatch.setattr(f"library.data.{module}.warn", lambda message, **_: messages.append(message))
     return messages
 
 

@@ -31,7 +31,7 @@ def said(monkeypatch) -> list[str]:
     """Notices and warnings to the user."""
     messages = []
     for place in ("caching.cache.warn", "caching.latents_plan.notice", "dataset.warn"):
-        monkeypatch.setattr(f"library.data.{place}", messages.append)
+        monkeypatch.setattr(f"library.data.{place}", lambda message, **_: messages.append(message))
     return messages
 
 
@@ -222,6 +222,21 @@ def test_images_with_one_stem_have_files_of_their_own(tmp_path):
     assert not torch.equal(cache.latents(disk.table[0], False), cache.latents(disk.table[1], False))
 
 
+@pytest.mark.parametrize("skip_check", [False, True])
+def test_a_file_that_may_be_of_either_of_two_images_is_made_anew(tmp_path, skip_check):
+    for name in ("0.png", "0.webp"):
+        picture(tmp_path / "a" / name, (64, 64), "x")
+    values = {"latents": latents(), "latents_12x12": latents((96, 96)), "original_size": np.array([64, 64])}
+    np.savez(tmp_path / "a" / "0_0064x0064_sd.npz", **values)
+    disk = Disk(dataset(subset(tmp_path / "a")))
+    disk.cache(skip_check=skip_check)
+    assert disk.encoded == 2
+    with np.load(tmp_path / "a" / "0_0064x0064_sd.npz") as file:
+        assert "latents_12x12" not in file.files
+    disk.cache(skip_check=skip_check)
+    assert disk.encoded == 0
+
+
 # --- what is made anew ---
 
 
@@ -281,6 +296,25 @@ def test_latents_of_other_settings_are_made_anew(folder, dataset_options, image_
     assert disk.encoded == 0
 
 
+def test_latents_with_an_alpha_mask_are_made_anew_without_one(folder):
+    """What is transparent has another colour then."""
+    Disk(dataset(subset(folder, alpha_mask=True))).cache()
+    disk = Disk(dataset(subset(folder)))
+    disk.cache()
+    assert disk.encoded == 5
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_another_resolution_of_another_program_stays_if_it_is_newer_than_the_image(tmp_path, older):
+    image = picture(tmp_path / "a" / "0.png", (64, 64), "x")
+    np.savez(tmp_path / "a" / "0_0064x0064_sd.npz", latents=latents(), original_size=np.array([64, 64]))
+    touch(image, 10 if older else -10)
+    Disk(dataset(subset(tmp_path / "a"), resolution=(96, 96))).cache()
+    with np.load(tmp_path / "a" / "0_0064x0064_sd.npz") as file:
+        assert file["latents"].shape[1:] == ((12, 12) if older else (8, 8))
+        assert ("latents_12x12" in file.files) != older
+
+
 def test_another_crop_of_the_same_size_is_made_anew(tmp_path):
     picture(tmp_path / "a" / "0.png", (53, 89), "x")
     Disk(dataset(subset(tmp_path / "a"))).cache()
@@ -297,3 +331,45 @@ def test_a_copied_dataset_keeps_its_latents(folder):
         touch(path, 1000)
     disk.cache()
     assert disk.encoded == 0
+
+
+def counting(monkeypatch) -> list[str]:
+    """The images whose content is read for a digest."""
+    read, digest = [], latents_file._digest
+    monkeypatch.setattr(latents_file, "_digest", lambda path: read.append(path) or digest(path))
+    return read
+
+
+def test_a_copied_dataset_is_read_once(folder, monkeypatch):
+    small, large = (dataset(subset(folder), resolution=(side, side)) for side in (64, 96))
+    disk = Disk(small, large)
+    before = disk.cache()
+    for path in folder.glob("*.png"):
+        touch(path, 1000)
+    read = counting(monkeypatch)
+    disk.cache()
+    assert read
+    read.clear()
+    cache = disk.cache()
+    assert disk.encoded == 0
+    assert not read
+    assert all(torch.equal(cache.latents(record, False), before.latents(record, False)) for record in disk.table)
+    Image.new("RGB", (64, 64)).save(folder / "0.png")
+    disk.cache(batch_size=1)
+    assert disk.encoded == 2
+
+
+def test_a_copied_dataset_that_cannot_be_written_to_is_used(folder, monkeypatch):
+    disk = Disk(dataset(subset(folder)))
+    disk.cache()
+    for path in folder.glob("*.png"):
+        touch(path, 1000)
+    before = contents(folder)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "read-only")
+
+    monkeypatch.setattr("library.data.caching.npz.np.savez", refuse)
+    disk.cache()
+    assert disk.encoded == 0
+    assert contents(folder) == before

@@ -33,7 +33,7 @@ def said(monkeypatch) -> list[str]:
     """Warnings to the user."""
     messages = []
     for place in ("caching.cache.warn", "dataset.warn"):
-        monkeypatch.setattr(f"library.data.{place}", messages.append)
+        monkeypatch.setattr(f"library.data.{place}", lambda message, **_: messages.append(message))
     return messages
 
 
@@ -78,6 +78,19 @@ def test_with_no_check_a_file_is_enough(folder):
     (folder / "0_0064x0064_sd.npz").unlink()
     disk.cache(skip_check=True, batch_size=1)
     assert disk.encoded == 1
+
+
+def test_with_no_check_a_file_of_another_size_is_not_enough(folder):
+    small, large = (dataset(subset(folder), resolution=(side, side)) for side in (64, 96))
+    Disk(small).cache()
+    disk = Disk(small, large)
+    disk.cache(skip_check=True)
+    assert disk.encoded == 5
+    disk.cache(skip_check=True)
+    assert disk.encoded == 0
+    disk = Disk(dataset(subset(folder, flip_aug=True)))
+    disk.cache(skip_check=True)
+    assert disk.encoded == 10
 
 
 def test_the_posterior_draw_is_that_of_the_file_wherever_it_is_used(tmp_path):
@@ -150,6 +163,85 @@ def test_a_process_waits_for_the_files_of_the_others(folder, said):
     assert cache.left_out == 1
     assert "0.png" in said[0]
     assert all(cache.latents(record, False) is not None for record in table if record.index)
+
+
+def test_a_stale_file_of_an_image_that_no_process_can_decode_is_not_used(folder, said):
+    configs = [dataset(subset(folder))]
+    Disk(*configs).cache()
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:3000])
+    table = scan(configs)
+    plan = plan_latents(table, configs, LAYOUT, to_disk=True)
+    cache = make_latents(plan, encode, rank=0, world=2, wait=lambda: None)
+    assert cache.latents(table[0], False) is None
+    assert cache.left_out == 1
+
+
+# --- several uses of one image ---
+
+
+@pytest.fixture
+def transparent(tmp_path) -> Path:
+    """Four pictures with an alpha channel."""
+    (tmp_path / "t").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 4), dtype=np.uint8)).save(tmp_path / "t" / f"{number}.png")
+        (tmp_path / "t" / f"{number}.caption").write_text("x")
+    return tmp_path / "t"
+
+
+OTHER_SETTINGS = [{"alpha_mask": True}, {"legacy_image_decode": True}, {"resize_interpolation": "nearest"}]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("options", OTHER_SETTINGS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_uses_with_other_settings_leave_the_file_to_the_first(transparent, options, first, world):
+    configs = [dataset(subset(transparent, **options), batch_size=2), dataset(subset(transparent), batch_size=1)]
+    configs = configs[::-1] if first else configs
+    table = scan(configs)
+    wanted = make_latents(plan_latents(table, configs, LAYOUT), encode, batch_size=2)
+    for run in range(3):
+        plans = [plan_latents(table, configs, LAYOUT, to_disk=True) for _ in range(world)]
+        if world == 2:
+            write_latents(plans[1], encode, batch_size=2, rank=1, world=2)
+        before = contents(transparent)
+        cache = make_latents(plans[0], encode, batch_size=2, rank=0, world=world)
+        assert plans[0].missing == 4
+        assert not run or contents(transparent) == before
+        assert cache.left_out == 0
+        for record in table:
+            assert torch.equal(cache.latents(record, False), wanted.latents(record, False))
+            if configs[record.dataset].subsets[0].images.alpha_mask:
+                assert np.array_equal(cache.alpha_mask(record), wanted.alpha_mask(record))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_uses_that_differ_in_mirroring_share_a_file(folder, first):
+    configs = [dataset(subset(folder, flip_aug=True)), dataset(subset(folder), batch_size=1)]
+    disk = Disk(*configs[::-1] if first else configs)
+    cache = disk.cache(batch_size=1)
+    assert disk.encoded == 10
+    assert not disk.plan.elsewhere.any()
+    assert all(cache.latents(record, flipped) is not None for record in disk.table for flipped in (False, True))
+    for path in folder.glob("*.npz"):
+        path.unlink()
+    plans = [plan_latents(disk.table, disk.datasets, LAYOUT, to_disk=True) for _ in range(2)]
+    for rank, plan in enumerate(plans):
+        write_latents(plan, encode, rank=rank, world=2)
+        assert all("latents_flipped" in np.load(path).files for path in folder.glob("*.npz"))
+
+
+def test_the_tool_passes_over_uses_that_have_no_file_and_says_so(transparent, monkeypatch):
+    said = []
+    monkeypatch.setattr("library.data.caching.latents_plan.notice", said.append)
+    configs = [dataset(subset(transparent)), dataset(subset(transparent, alpha_mask=True))]
+    table = scan(configs)
+    for written in (4, 0):
+        tally = write_latents(plan_latents(table, configs, LAYOUT, to_disk=True), encode)
+        assert (tally.written, tally.valid, tally.failed) == (written, 4 - written, [])
+        assert len(said) == 1
+        assert "4 uses of images are kept in no file" in said.pop()
 
 
 # --- what must not happen ---

@@ -107,10 +107,15 @@ def make_latents(
     """
     shared = plan.to_disk and world > 1
     with _Store(plan) as store:
-        for recipe, arrays, source in _encoded(plan, encode, batch_size, *((rank, world) if shared else (0, 1))):
-            if plan.to_disk and _write(recipe, arrays, source, needed=shared):
-                plan.states[recipe.record.index] = State.VALID
+        share = (rank, world, ~plan.elsewhere) if shared else (0, 1, np.ones_like(plan.elsewhere))
+        for recipe, arrays, source in _encoded(plan, encode, batch_size, *share):
+            index = recipe.record.index
+            if plan.to_disk and not plan.elsewhere[index] and _write(recipe, arrays, source, needed=shared):
+                plan.states[index] = State.VALID
             else:
+                store.add(recipe, arrays)
+        if shared:  # what goes to the store is each process's own
+            for recipe, arrays, _ in _encoded(plan, encode, batch_size, 0, 1, plan.elsewhere):
                 store.add(recipe, arrays)
     if shared:
         wait()
@@ -133,15 +138,17 @@ def write_latents(
 ) -> Tally:
     """Makes the files that are missing, of this process's share; the processes need not know of each other.
 
-    `encode` may be None if nothing is missing. An image that does not decode is left out with a warning. Raises
-    UserError if latents are not finite, a disk is full or a folder cannot be written to.
+    `encode` may be None if nothing is missing. An image that does not decode is left out with a warning. What is made
+    `elsewhere` is not its concern. Raises UserError if latents are not finite, a disk is full or a folder cannot be
+    written to.
     """
     written = 0
-    for recipe, arrays, source in _encoded(plan, encode, batch_size, rank, world):
+    for recipe, arrays, source in _encoded(plan, encode, batch_size, rank, world, ~plan.elsewhere):
         _write(recipe, arrays, source, needed=True)
         plan.states[recipe.record.index] = State.VALID
         written += 1
-    share = [index for group in plan.groups(batch_size, rank, world) for index in group.tolist()]
+    groups = plan.groups(batch_size, rank, world)
+    share = [index for group in groups for index in group.tolist() if not plan.elsewhere[index]]
     failed = [plan.table[index].path for index in share if plan.states[index] == State.MISSING]
     return Tally(written, len(share) - len(failed) - written, failed)
 
@@ -206,7 +213,7 @@ class _Store:
         states = self._plan.states
         for index in np.flatnonzero((states == State.MISSING) & ~self._cached()).tolist():
             recipe = self._plan.recipe(index)
-            if os.path.exists(recipe.path):
+            if not self._plan.elsewhere[index] and latents_file.judge(recipe).state == State.VALID:
                 states[index] = State.VALID
             else:
                 warn(_left_out(recipe, "there are no latents of it"))
@@ -229,17 +236,21 @@ class _Store:
 
 
 def _encoded(
-    plan: LatentsPlan, encode: Encode | None, batch_size: int, share: int, world: int
+    plan: LatentsPlan, encode: Encode | None, batch_size: int, share: int, world: int, wanted: np.ndarray
 ) -> Iterator[tuple[Recipe, Arrays, dict[str, Any]]]:
-    """(recipe, arrays, what the image file was like) of each missing image of a process's share that decodes."""
+    """(recipe, arrays, what the image file was like) of each missing image of a process's share that decodes.
+
+    Only of those that are `wanted` (N,), though whole groups are encoded.
+    """
 
     def groups() -> Iterator[np.ndarray]:
-        return (g for g in plan.groups(batch_size, share, world) if (plan.states[g] == State.MISSING).any())
+        missing = wanted & (plan.states == State.MISSING)
+        return (group for group in plan.groups(batch_size, share, world) if missing[group].any())
 
     total = sum(map(len, groups()))
     with tqdm(total=total, desc="caching latents", unit="img", disable=rank() > 0 or not total) as bar:
         for pictures in decoded([plan.recipe(index) for index in group.tolist()] for group in groups()):
-            missing = [picture for picture in pictures if _is_missing(plan, picture.recipe)]
+            missing = [p for p in pictures if wanted[p.recipe.record.index] and _is_missing(plan, p.recipe)]
             for picture in missing:
                 if picture.problem:
                     warn(_left_out(picture.recipe, picture.problem))
@@ -257,7 +268,9 @@ def _encoded(
 def _is_missing(plan: LatentsPlan, recipe: Recipe) -> bool:
     """Whether it still is: the same image in another dataset may have given the file in the meantime."""
     index = recipe.record.index
-    if plan.to_disk and plan.states[index] == State.MISSING and latents_file.judge(recipe).state == State.VALID:
+    if plan.states[index] != State.MISSING:
+        return False
+    if plan.to_disk and not plan.elsewhere[index] and latents_file.judge(recipe).state == State.VALID:
         plan.states[index] = State.VALID
     return plan.states[index] == State.MISSING
 

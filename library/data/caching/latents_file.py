@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from library.data.buckets import Geometry, Size
-from library.data.caching.npz import Arrays, read_arrays, update_arrays
+from library.data.caching.npz import Arrays, read_arrays, read_headers, update_arrays
 from library.data.images import ImageOptions
 from library.data.records import Record
 
@@ -25,6 +25,7 @@ LATENTS, FLIPPED, MASK = "latents", "latents_flipped", "alpha_mask"
 _SIZE, _CROP, _MADE_FROM = "original_size", "crop_ltrb", "made_from"
 _NAMES = (LATENTS, FLIPPED, MASK, _SIZE, _CROP, _MADE_FROM)
 _OF_ANOTHER_IMAGE = "are of an image that has changed since"
+_AMBIGUOUS = "do not tell of which of several images with one name they are"
 _UNNAMED = "arr_0"  # in files of long ago
 _RESOLUTION = re.compile(rf"(?:{'|'.join(sorted(_NAMES, key=len, reverse=True))})((?:_\d+x\d+)?)")
 
@@ -61,6 +62,8 @@ class Finding(NamedTuple):
     state: State
     flaw: str = ""
     """What is wrong with a file that does not count, as the end of a sentence about latents."""
+    source: dict[str, Any] | None = None
+    """The image's `describe_source`, for `note_time`, where a valid file has the image's content but another time."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,11 @@ def read(record: Record, layout: LatentsLayout, name: str) -> np.ndarray | None:
     return arrays[name].astype(np.float32, copy=False) if arrays else None
 
 
-def exists(record: Record, layout: LatentsLayout) -> bool:
-    """Whether there is any file for a record, whatever is in it."""
-    return any(os.path.exists(path) for path in _places(record, layout))
+def exists(recipe: Recipe) -> bool:
+    """Whether there is a file with all that the recipe asks for, by its names and sizes. Reads no numbers."""
+    names = [*recipe.names, _MADE_FROM]
+    _, entry = _entry(recipe.record, recipe.layout, names, read_headers)
+    return entry.keys() >= set(names if _is_ambiguous(recipe.record) else recipe.names)
 
 
 def judge(recipe: Recipe) -> Finding:
@@ -123,10 +128,17 @@ def judge(recipe: Recipe) -> Finding:
     if not all(_is_sound(entry[name]) for name in recipe.names):
         return Finding(State.MISSING, "are damaged")
     if _MADE_FROM in entry:
-        flaw = _difference(_parse(entry[_MADE_FROM]), recipe)
-        return Finding(State.MISSING if flaw else State.VALID, flaw)
+        made_from = _parse(entry[_MADE_FROM])
+        source = _source_now(made_from, record.path)
+        flaw = _OF_ANOTHER_IMAGE if source is None else _difference(made_from, recipe)
+        if flaw:
+            return Finding(State.MISSING, flaw)
+        moved = path == recipe.path and source != made_from.get("source", {})
+        return Finding(State.VALID, source=source if moved else None)
     if _SIZE in entry and entry[_SIZE].tolist() != [record.width, record.height]:
         return Finding(State.MISSING, _OF_ANOTHER_IMAGE)
+    if _is_ambiguous(record):
+        return Finding(State.MISSING, _AMBIGUOUS)
     newer = _is_newer(path, record.path)
     return Finding(State.UNKNOWN) if newer else Finding(State.MISSING, _OF_ANOTHER_IMAGE)
 
@@ -135,12 +147,11 @@ def write(recipe: Recipe, arrays: Arrays, source: dict[str, Any]) -> None:
     """Puts LATENTS and what else the recipe asks for into the record's file; other resolutions in it stay, unless the
     image has changed since. `source` is the image's `describe_source` when it was read. Raises OSError.
     """
-    made_from = json.dumps(recipe.facts() | {"flip": FLIPPED in arrays, "source": source}, sort_keys=True)
     entry = {
         **arrays,
         _SIZE: np.array([recipe.record.width, recipe.record.height]),
         _CROP: np.array(recipe.geometry.crop_ltrb, dtype=np.float32),
-        _MADE_FROM: np.frombuffer(made_from.encode(), dtype=np.uint8),
+        _MADE_FROM: _as_array(recipe.facts() | {"flip": FLIPPED in arrays, "source": source}),
     }
 
     def merged() -> Arrays:
@@ -158,6 +169,33 @@ def describe_source(path: str) -> dict[str, Any]:
     return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "digest": _digest(path)}
 
 
+def note_time(recipe: Recipe, source: dict[str, Any]) -> None:
+    """Puts the time of an image into its file, at each resolution made from this content: the next look at the file
+    need not read the image again. Raises OSError.
+    """
+
+    def noted() -> Arrays:
+        arrays = read_arrays(recipe.path)
+        if arrays is None:
+            raise FileNotFoundError(recipe.path)
+        for name in [name for name in arrays if name.startswith(_MADE_FROM)]:
+            made_from = _parse(arrays[name])
+            if _content(made_from.get("source", {})) == _content(source):
+                arrays[name] = _as_array(made_from | {"source": source})
+        return arrays
+
+    update_arrays(recipe.path, noted)
+
+
+def _content(source: dict[str, Any]) -> tuple[Any, Any]:
+    return source.get("size"), source.get("digest")
+
+
+def _is_ambiguous(record: Record) -> bool:
+    """Whether a file that does not tell what it was made from may as well be of another image."""
+    return record.shared_stem
+
+
 def _places(record: Record, layout: LatentsLayout) -> tuple[str, str]:
     """The files that may hold a record's latents, the better one first."""
     return file_path(record, layout), f"{record.cache_stem}.npz"
@@ -167,18 +205,23 @@ def _ending(shape: tuple[int, int, int]) -> str:
     return f"_{shape[1]}x{shape[2]}"
 
 
-def _entry(record: Record, layout: LatentsLayout, names: Sequence[str]) -> tuple[str, Arrays]:
+def _entry(
+    record: Record,
+    layout: LatentsLayout,
+    names: Sequence[str],
+    read: Callable[..., dict[str, Any] | None] = read_arrays,
+) -> tuple[str, dict[str, Any]]:
     """The arrays of `names` at the record's resolution, from the first file that has the first of them, and its path.
 
-    Empty where none has.
+    Empty where none has. With `read_headers`, the headers.
     """
     shape = layout.shape(record.bucket)
     sizes = {LATENTS: shape, FLIPPED: shape, MASK: record.bucket[::-1]}
     ending = _ending(shape)
     for path in _places(record, layout):
-        arrays = read_arrays(path, {*names, *(name + ending for name in names), _UNNAMED}) or {}
+        arrays = read(path, {*names, *(name + ending for name in names), _UNNAMED}) or {}
         if _UNNAMED in arrays:
-            mirrored = read_arrays(f"{record.cache_stem}_flip.npz", [_UNNAMED]) if FLIPPED in names else None
+            mirrored = read(f"{record.cache_stem}_flip.npz", [_UNNAMED]) if FLIPPED in names else None
             arrays = {LATENTS: arrays[_UNNAMED]} | ({FLIPPED: mirrored[_UNNAMED]} if mirrored else {})
         used = ending if names[0] + ending in arrays else ""
         entry = {name: arrays[name + used] for name in names if name + used in arrays}
@@ -197,9 +240,9 @@ def _other_resolutions(recipe: Recipe) -> Arrays:
         if latents is None or latents.shape == shape:
             stale = True
         elif made_from is None:
-            stale = not _is_newer(recipe.path, recipe.record.path)
+            stale = _is_ambiguous(recipe.record) or not _is_newer(recipe.path, recipe.record.path)
         else:
-            stale = not _is_from(_parse(made_from), recipe.record.path)
+            stale = _source_now(_parse(made_from), recipe.record.path) is None
         if stale:
             for name in _NAMES:
                 arrays.pop(name + ending, None)
@@ -212,9 +255,7 @@ def _is_sound(array: np.ndarray) -> bool:
 
 
 def _difference(made_from: dict[str, Any], recipe: Recipe) -> str:
-    """What latents were made from that the recipe does not say, or nothing."""
-    if not _is_from(made_from, recipe.record.path):
-        return _OF_ANOTHER_IMAGE
+    """What latents were made with that the recipe does not say, or nothing."""
     wrong = [name for name, value in recipe.facts().items() if made_from.get(name) != value]
     if wrong:
         return "are of another VAE" if wrong == ["vae"] else "were made with other settings"
@@ -229,21 +270,30 @@ def _is_newer(path: str, image: str) -> bool:
         return True
 
 
-def _is_from(made_from: dict[str, Any], image: str) -> bool:
-    """Whether the image is the recorded one. A copy with another time is; so is what is gone, for lack of a better."""
+def _source_now(made_from: dict[str, Any], image: str) -> dict[str, Any] | None:
+    """The recorded source, with today's time if the image is a copy with another one; None if it is another image.
+
+    What is gone counts as it was, for lack of a better.
+    """
     source = made_from.get("source", {})
     try:
         facts = os.stat(image)
         if facts.st_size != source.get("size"):
-            return False
-        return facts.st_mtime_ns == source.get("mtime_ns") or _digest(image) == source.get("digest")
+            return None
+        if facts.st_mtime_ns == source.get("mtime_ns"):
+            return source
+        return source | {"mtime_ns": facts.st_mtime_ns} if _digest(image) == source.get("digest") else None
     except OSError as problem:
-        return isinstance(problem, FileNotFoundError)
+        return source if isinstance(problem, FileNotFoundError) else None
 
 
 def _digest(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _as_array(made_from: dict[str, Any]) -> np.ndarray:
+    return np.frombuffer(json.dumps(made_from, sort_keys=True).encode(), dtype=np.uint8)
 
 
 def _parse(made_from: np.ndarray) -> dict[str, Any]:

@@ -4,8 +4,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import numpy as np
 from tqdm import tqdm
@@ -32,6 +33,10 @@ class LatentsPlan:
     """(N,) State of each record"""
     to_disk: bool
     """Whether what is missing is to be kept in files beside the images."""
+    mirrored: np.ndarray
+    """(N,) whether some use of the same file needs mirrored latents in it"""
+    elsewhere: np.ndarray
+    """(N,) whether the image's file keeps what an earlier use makes of it with other settings: each run makes these"""
 
     @property
     def missing(self) -> int:
@@ -46,6 +51,8 @@ class LatentsPlan:
         """How the latents of a record are made."""
         record = self.table[index]
         options = self.datasets[record.dataset].subsets[record.subset].images
+        if self.mirrored[index]:
+            options = replace(options, flip_aug=True)
         return Recipe(record, geometry_of(record, self._buckets[record.dataset]), options, self.layout)
 
     def groups(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
@@ -74,19 +81,21 @@ def plan_latents(
     """Looks which latents are there already.
 
     Files beside the images count with `to_disk`, and for datasets whose metadata says at which size each image's
-    latents were made. `skip_check`: that there is a file is enough. `recache_unknown`: files that do not tell which
-    autoencoder they are from are made again where the image is still there.
+    latents were made. `skip_check`: a file with arrays of the right names and sizes is enough. `recache_unknown`: files
+    that do not tell which autoencoder they are from are made again where the image is still there.
     """
     used = (table.repeats > 0) | table.validation
     states = np.where(used, State.MISSING, State.UNUSED).astype(np.uint8)
     with_files = np.array([to_disk or table.predefined(number) for number in range(len(datasets))])
-    plan = LatentsPlan(table, datasets, layout, states, to_disk)
-    sought = np.flatnonzero(used & with_files[table.subsets[:, 0]])
+    plan = LatentsPlan(table, datasets, layout, states, to_disk, np.zeros_like(used), np.zeros_like(used))
+    if to_disk:
+        _share_files(plan)
+    sought = np.flatnonzero(used & with_files[table.subsets[:, 0]] & ~plan.elsewhere)
 
     def look(indices: np.ndarray) -> list[Finding]:
         recipes = map(plan.recipe, indices.tolist())
         if skip_check:
-            return [Finding(State.VALID if latents_file.exists(r.record, layout) else State.MISSING) for r in recipes]
+            return [Finding(State.VALID if latents_file.exists(recipe) else State.MISSING) for recipe in recipes]
         return [latents_file.judge(recipe) for recipe in recipes]
 
     flaws: Counter[str] = Counter()
@@ -97,12 +106,53 @@ def plan_latents(
         for part, found in zip(parts, pool.map(look, parts), strict=True):
             states[part] = [finding.state for finding in found]
             flaws.update(finding.flaw for finding in found if finding.flaw)
+            if to_disk and rank() == 0:
+                _note_times(plan, part, found)
             bar.update(len(part))
     if flaws:
         reasons = ", ".join(f"{count} {flaw}" for flaw, count in flaws.most_common())
         notice(f"latents in files are made anew where they do not fit: {reasons}")
     _settle_unknown(plan, recache_unknown)
     return plan
+
+
+def _share_files(plan: LatentsPlan) -> None:
+    """Where an image is used several times at one size, its file keeps what the first use needs.
+
+    And mirrored latents if any of them does. Uses whose other settings differ have to do without the file.
+    """
+    table, used = plan.table, np.flatnonzero(plan.states)
+    if len(np.unique(table.subsets[used], axis=0)) < 2:  # none names an image twice
+        return
+    folder_of = cache(os.path.realpath)
+
+    def place(index: int) -> int:
+        folder, name = os.path.split(table[index].path)
+        return hash((folder_of(folder), name, *table.buckets[index].tolist()))
+
+    places = np.fromiter(map(place, used.tolist()), np.int64, len(used))
+    _, first, number = np.unique(places, return_index=True, return_inverse=True)
+    owners = used[first[number]]
+    for index, owner in zip(used[owners != used].tolist(), owners[owners != used].tolist(), strict=True):
+        recipe, kept = plan.recipe(index), plan.recipe(owner)
+        plan.elsewhere[index] = recipe.facts() != kept.facts()
+        if not plan.elsewhere[index]:
+            plan.mirrored[owner] |= recipe.options.flip_aug or kept.options.flip_aug
+    plan.mirrored[used] = plan.mirrored[owners] & ~plan.elsewhere[used]
+    if plan.elsewhere.any():
+        left = np.flatnonzero(plan.elsewhere)
+        notice(
+            f"the latents of {len(left)} uses of images are kept in no file and made by each run, because the files "
+            f"keep those of an earlier use with other settings; the first image is {table[left[0]].path}"
+        )
+
+
+def _note_times(plan: LatentsPlan, indices: np.ndarray, found: Sequence[Finding]) -> None:
+    """Where an image was read to tell that it is the recorded one, spares that the next time, if its file lets us."""
+    for index, finding in zip(indices.tolist(), found, strict=True):
+        if finding.source is not None:
+            with suppress(OSError):
+                latents_file.note_time(plan.recipe(index), finding.source)
 
 
 def _settle_unknown(plan: LatentsPlan, recache: bool) -> None:

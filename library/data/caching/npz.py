@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,13 @@ except ImportError:  # Windows
     fcntl = None
 
 Arrays = dict[str, np.ndarray]
+
+
+class Header(NamedTuple):
+    """What a file says of an array ahead of its numbers."""
+
+    shape: tuple[int, ...]
+
 
 # What damaged files make zipfile and NumPy raise.
 _UNREADABLE = (
@@ -27,6 +35,7 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_arrays(path: str | os.PathLike, names: Collection[str] | None = None) -> Arrays | None:
@@ -42,6 +51,22 @@ def read_arrays(path: str | os.PathLike, names: Collection[str] | None = None) -
             return {name: file[name] for name in file.files if names is None or name in names}
     except _UNREADABLE:
         return None
+
+
+def read_headers(path: str | os.PathLike, names: Collection[str] | None = None) -> dict[str, Header] | None:
+    """`read_arrays` without the numbers: only the zip's list of names and the first bytes of each array are read."""
+    headers = {}
+    try:
+        with zipfile.ZipFile(path) as file:
+            for member in file.namelist():
+                name = member.removesuffix(".npy")
+                if names is None or name in names:
+                    with file.open(member) as array:
+                        read = _HEADERS[np.lib.format.read_magic(array)]
+                        headers[name] = Header(read(array)[0])
+    except _UNREADABLE:
+        return None
+    return headers
 
 
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
