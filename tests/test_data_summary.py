@@ -103,8 +103,16 @@ def test_masks(tmp_path):
     mask(tmp_path / "masks" / "stray.png", [[255]])
     summary, _ = described(dataset(subset(tmp_path / "a", conditioning_data_dir=tmp_path / "masks")))
     (row,) = summary.masks
-    assert (row.found, row.no_mask, row.no_image) == (3, 1, 1)
+    assert (row.found, row.no_mask, row.no_image, row.wrong_size) == (3, 1, 1, 0)
     assert (row.looked_at, row.mean_area, row.all_zero, row.unreadable) == (3, "25%", 1, 1)
+
+
+def test_masks_of_other_proportions(tmp_path):
+    picture(tmp_path / "a" / "0.png", caption="x")
+    picture(tmp_path / "masks" / "0.png", (16, 48))
+    summary, _ = described(dataset(subset(tmp_path / "a", conditioning_data_dir=tmp_path / "masks")))
+    assert summary.masks[0].wrong_size == 1
+    assert "| wrong size |" in summary.markdown()
 
 
 def test_transparency_as_mask(tmp_path):
@@ -244,6 +252,33 @@ def test_metadata_tells_what_the_subsets_do(tmp_path):
     assert (first["num_repeats"], second["num_repeats"]) == (1, 2.5)
 
 
+def test_the_most_frequent_tags_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("library.data.report.metadata_facts.TAGS_KEPT", 3)
+    for name in ("a", "b"):
+        for number in range(4):
+            picture(
+                tmp_path / name / f"{number}.png", caption=f"only in {number}, {name}, all" + ", half" * (number % 2)
+            )
+    _, metadata = described(dataset(subset(tmp_path / "a"), subset(tmp_path / "b")))
+    assert metadata["ss_tag_frequency"] == {name: {name: 4, "all": 4, "half": 2} for name in ("a", "b")}
+
+
+def test_the_table_counts_as_the_plan_does(tmp_path):
+    for number in range(4):
+        picture(tmp_path / "a" / f"{number}.png", caption="x")
+        picture(tmp_path / "b" / f"{number}.png", caption="x")
+    summary, metadata = described(dataset(subset(tmp_path / "a"), subset(tmp_path / "b", num_repeats=0.1)))
+    assert [row.per_epoch for row in summary.folders] == [4, 1]
+    assert summary.images_per_epoch == metadata["ss_num_train_images"] == 5
+
+
+def test_single_things_are_said_in_the_singular(tmp_path):
+    for number in range(2):
+        picture(tmp_path / "a" / f"{number}.png", caption="x")
+    summary, _ = described(dataset(subset(tmp_path / "a", validation_split=0.5)))
+    assert summary.lines() == ["held out for validation: 1 image", "per epoch: 1 image in 1 batch, 1 optimizer step"]
+
+
 def test_metadata_of_several_datasets_is_a_list(folders):
     _, metadata = described(dataset(*folders), dataset(folders[0], batch_size=4, enable_bucket=False))
     assert metadata["ss_num_train_images"] == 60
@@ -269,3 +304,19 @@ def test_metadata_of_fine_tuning_datasets(tmp_path):
     (facts,) = entry["subsets"]
     assert (facts["image_dir"], facts["metadata_file"]) == ("a", "captions.json")
     assert "is_reg" not in facts
+
+
+def test_buckets_that_come_from_metadata_are_buckets_too(tmp_path):
+    captions, entries = tmp_path / "captions.json", {}
+    for number, size in enumerate([(96, 32), (96, 32), (64, 64)]):
+        picture(tmp_path / "a" / f"{number}.png", size)
+        entries[str(number)] = {"caption": "x", "train_resolution": size}
+    captions.write_text(json.dumps(entries))
+    _, metadata = described(dataset(subset(tmp_path / "a", metadata_file=captions), enable_bucket=False))
+    assert metadata["ss_enable_bucket"] is True
+    buckets = metadata["ss_bucket_info"]["buckets"].values()
+    assert sorted((*bucket["resolution"], bucket["count"]) for bucket in buckets) == [(64, 64, 1), (96, 32, 2)]
+    del entries["0"]["train_resolution"]
+    captions.write_text(json.dumps(entries))
+    _, metadata = described(dataset(subset(tmp_path / "a", metadata_file=captions), enable_bucket=False))
+    assert (metadata["ss_enable_bucket"], metadata["ss_bucket_info"]) == (False, None)

@@ -132,6 +132,18 @@ def test_masks_are_laid_over_the_picture(tmp_path):
     assert "--masked_loss" in facts["problems"][0]["what"]
 
 
+def test_masks_that_do_not_fit_their_images_are_named(tmp_path):
+    for number in range(2):
+        picture(tmp_path / "a" / f"{number}.png", caption="x")
+        picture(tmp_path / "masks" / f"{number}.png", (32, 32 << number))
+    data = dataset(subset(tmp_path / "a", conditioning_data_dir=tmp_path / "masks"))
+    _, _, page, facts = sheet_of(tmp_path / "sheet", data, masked_loss=True)
+    (problem,) = facts["problems"]
+    assert problem["what"] == "1 mask of other proportions than its image, and distorted"
+    assert (problem["where"], problem["files"]) == ("a", ["1.png"])
+    assert "1.png" in page.text()
+
+
 def test_what_is_wrong_is_listed_first(tmp_path):
     picture(tmp_path / "a" / "good.png", caption="fine")
     picture(tmp_path / "a" / "plain.png")

@@ -18,7 +18,7 @@ from tests.pictures import dataset, picture, subset
 @pytest.fixture
 def said(monkeypatch):
     messages = []
-    for module in ("scanning.scan", "scanning.sources"):
+    for module in ("scanning.scan", "scanning.sources", "scanning.metadata"):
         monkeypatch.setattr(f"library.data.{module}.warn", messages.append)
     return messages
 
@@ -214,3 +214,11 @@ class TestTrainResolution:
         check_buckets(found, config, 8)
         with pytest.raises(UserError, match=r"meta.json: a.png: train_resolution 96x40 is no multiple of 32"):
             check_buckets(found, config, 32)
+
+
+def test_misspelt_names_in_entries_are_told_once_and_foreign_ones_are_not(tmp_path, table, said):
+    for name in "ab":
+        picture(tmp_path / f"images/{name}.png")
+    table({"a": {"caption": "x", "tag": "y", "score": 3}, "b": {"caption": "x", "tag": "z"}})
+    (message,) = said
+    assert message.endswith("meta.json: a: tag means nothing here and is not used, did you mean tags?")

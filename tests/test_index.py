@@ -50,6 +50,18 @@ def test_a_second_start_reads_nothing(folder, opened):
     assert facts(folder, num_repeats=2) == first
 
 
+def test_an_index_that_still_holds_is_not_written_again(folder, monkeypatch):
+    (folder / "broken.png").touch()
+    facts(folder)
+    written = []
+    monkeypatch.setattr("library.data.scanning.index.write_arrays", lambda path, arrays: written.append(path))
+    facts(folder)
+    assert written == []
+    (folder / "4.png").unlink()
+    facts(folder)
+    assert written == [index_path(folder, ".caption")]
+
+
 def test_changes_are_read_again_and_only_they(folder, opened):
     facts(folder)
     opened.clear()

@@ -24,7 +24,7 @@ from tests.pictures import dataset, picture, subset
 def said(monkeypatch):
     """Warnings to the user."""
     messages = []
-    for module in ("scanning.scan", "scanning.sources", "scanning.index"):
+    for module in ("scanning.scan", "scanning.sources", "scanning.index", "scanning.masks"):
         monkeypatch.setattr(f"library.data.{module}.warn", messages.append)
     return messages
 
@@ -144,7 +144,7 @@ class TestOtherCaptionExtensions:
         picture(tmp_path / "a.png", caption="x", extension=".txt")
         picture(tmp_path / "b.png", caption="y")
         assert len(scan([dataset(subset(tmp_path, class_tokens="dog"))])) == 2
-        assert "1 of the 2 images have a .txt file" in said[0]
+        assert "1 of the 2 images has a .txt file" in said[0]
 
     def test_regularisation_images_may_come_with_prompts_nobody_wants(self, tmp_path, said):
         picture(tmp_path / "train/a.png")
@@ -190,6 +190,19 @@ class TestBadFolders:
         assert scan([dataset(subset(tmp_path))]).reports[0].captions_without_image == 2
         assert said == [f"{tmp_path}: 2 captions have no image: b.caption, c.caption"]
 
+    def test_one_of_a_kind_is_said_in_the_singular(self, tmp_path, said):
+        for name in ("a", "b"):
+            picture(tmp_path / f"{name}.png", caption="x")
+        (tmp_path / "c.caption").write_text("y")
+        (tmp_path / "b.caption").write_bytes("hé".encode("latin-1"))
+        (tmp_path / "d.png").touch()
+        scan([dataset(subset(tmp_path))])
+        assert said == [
+            f"{tmp_path}: 1 of 3 images cannot be read and is left out: d.png (the file is empty)",
+            f"{tmp_path}: 1 caption is not UTF-8 and is read as Latin-1: b.caption",
+            f"{tmp_path}: 1 caption has no image: c.caption",
+        ]
+
     def test_two_images_may_share_a_caption(self, tmp_path, said):
         picture(tmp_path / "a.png", caption="x")
         picture(tmp_path / "a.bmp")
@@ -212,7 +225,7 @@ class TestBadFolders:
         assert [record.caption for record in table] == ["dog", "c"]
         assert table.reports[0].broken == ("a.png",)
         assert "a.png (it is no longer there)" in said[0]
-        assert "1 captions cannot be read and count as missing: b.caption" in said[1]
+        assert "1 caption cannot be read and counts as missing: b.caption" in said[1]
 
     def test_a_folder_that_vanishes_is_left_out(self, tmp_path, said):
         picture(tmp_path / "a/1.png", caption="x")
@@ -224,7 +237,7 @@ class TestBadFolders:
         frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
         picture(tmp_path / "still.png")
         assert scan([dataset(subset(tmp_path, class_tokens="a"))]).reports[0].animated == 1
-        assert "1 images are animations, of which the first frame is used: moving.webp" in said[0]
+        assert "1 image is an animation, of which the first frame is used: moving.webp" in said[0]
 
     def test_slow_disks_are_read_by_several_threads_in_the_same_order(self, tmp_path, monkeypatch):
         for number in range(200):
@@ -273,78 +286,20 @@ class TestSizes:
         assert report.upscaled == 1
         assert report.aspect_error == pytest.approx(abs(90 / 50 - 80 / 48) / 3)
 
+    def test_small_images_stay_small_without_upscaling(self, tmp_path):
+        picture(tmp_path / "large.png", (128, 128), caption="x")
+        picture(tmp_path / "small.png", (50, 33), caption="x")
+        buckets = {}
+        for no_upscale in (False, True):
+            table = scan([dataset(subset(tmp_path), bucket_no_upscale=no_upscale)])
+            buckets[no_upscale] = [record.bucket for record in table], table.reports[0].upscaled
+        assert buckets == {False: ([(64, 64), (80, 48)], 1), True: ([(64, 64), (48, 32)], 0)}
+
     def test_the_geometry_leads_to_the_bucket(self, tmp_path):
         picture(tmp_path / "a.png", (90, 50), caption="x")
         config = dataset(subset(tmp_path))
         (record,) = scan([config])
         assert geometry_of(record, config.buckets()) == config.buckets().choose((90, 50))
-
-
-class TestMasks:
-    def test_masks_have_the_stem_of_their_image(self, tmp_path, said):
-        for name in ("a.jpg", "b.png", "c.png"):
-            picture(tmp_path / name, caption="x")
-        for name in ("a.PNG", "b.webp", "other.png"):
-            picture(tmp_path / "mask" / name)
-        table = scan([dataset(subset(tmp_path, conditioning_data_dir=tmp_path / "mask"))])
-        assert [record.mask for record in table] == [str(tmp_path / "mask/a.PNG"), str(tmp_path / "mask/b.webp"), ""]
-        report = table.reports[0]
-        assert (report.masks_found, report.masks_missing, report.stray_masks) == (2, 1, 1)
-        assert "1 of 3 images" in said[0]
-        assert said[0].endswith("have no mask: c.png")
-        assert said[1].endswith(": other.png")
-
-    def test_no_folder_of_masks_is_no_missing_mask(self, tmp_path):
-        picture(tmp_path / "a.png", caption="x")
-        table = scan([dataset(subset(tmp_path))])
-        assert (table[0].mask, table.reports[0].masks_missing) == ("", 0)
-
-
-class TestCacheStems:
-    def test_images_with_one_stem_have_caches_of_their_own(self, tmp_path):
-        for name in ("a.bmp", "a.png", "b.c.png", "b.png"):
-            picture(tmp_path / name, caption="x")
-        stems = [os.path.basename(record.cache_stem) for record in scan([dataset(subset(tmp_path))])]
-        assert stems == ["a", "a.png", "b.c", "b"]
-
-
-class TestHoldingOut:
-    def held_out(self, folder, **options):
-        tables = [scan([dataset(subset(folder, **options)), dataset(subset(folder, **options), resolution=(96, 96))])]
-        return [(r.dataset, os.path.basename(r.path)) for table in tables for r in table if r.validation]
-
-    @pytest.fixture
-    def folder(self, tmp_path):
-        for number in range(20):
-            picture(tmp_path / f"{number}.png", caption="x")
-        return tmp_path
-
-    def test_a_share_is_in_no_batch_and_the_same_at_each_resolution(self, folder):
-        config = [dataset(subset(folder, validation_split=0.13, num_repeats=2))]
-        table = scan(config)
-        assert table.reports[0].held_out == 3
-        assert [table[i].repeats for i in table.held_out] == [0, 0, 0]
-        assert table.in_use == 17
-        used = {i for _, _, members in table.by_bucket() for i in members}
-        assert not used & set(table.held_out)
-        ((_, _, members),) = table.by_bucket(table.held_out)
-        assert members.tolist() == table.held_out.tolist()
-        pairs = self.held_out(folder, validation_split=0.13)
-        assert {name for number, name in pairs if number == 0} == {name for number, name in pairs if number == 1}
-
-    def test_the_seed_chooses(self, folder):
-        choices = [self.held_out(folder, validation_split=0.2, validation_seed=seed) for seed in (None, 0, 1)]
-        assert choices[0] == choices[1] != choices[2]
-
-    def test_at_least_one_and_never_all(self, folder, tmp_path):
-        assert len(self.held_out(folder, validation_split=0.001)) == 2
-        assert len(self.held_out(folder, validation_split=1.0)) == 38
-        assert self.held_out(folder, validation_split=0.0) == []
-
-    def test_regularisation_images_are_not(self, folder, tmp_path):
-        picture(tmp_path / "train/a.png", caption="x")
-        train, reg = subset(tmp_path / "train", validation_split=0.5), subset(folder, is_reg=True, validation_split=0.5)
-        assert not scan([dataset(train, reg)]).held_out.size
 
 
 class TestUses:

@@ -1,5 +1,6 @@
 """Temporary folders: nothing of them stays, however their makers end, and nobody deletes another one's."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from library.data import scratch
 from library.data.records import scan
 from library.data.scratch import ScratchFolder
+from library.errors import UserError
 from tests.pictures import dataset, picture, subset
 from tests.processes import ROOT
 
@@ -96,3 +98,14 @@ def test_an_end_by_a_signal(place, end, status, left):
     assert len(list(place.iterdir())) == left
     folder = ScratchFolder("records")
     assert list(place.iterdir()) == [folder.path]
+
+
+def test_a_full_disk_is_one_sentence_with_its_remedy(tmp_path, place, monkeypatch):
+    picture(tmp_path / "a" / "a.png", caption="x")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=f"{place} is full: free some space, or set the environment variable TMPDIR"):
+        scan([dataset(subset(tmp_path / "a"))])

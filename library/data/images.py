@@ -23,10 +23,10 @@ __all__ = [
     "load_mask",
     "mask",
     "product",
-    "varies",
     "read_size",
     "resize",
     "to_model_range",
+    "varies",
 ]
 
 
@@ -102,7 +102,7 @@ def example(
 
 
 def varies(options: ImageOptions) -> str | None:
-    """The first option by which an image changes from use to use, or None. Mirroring, of two kinds, is not among them."""
+    """The first option by which an image changes from use to use, or None. Mirroring, of two outcomes, is none."""
     names = ("color_aug", "random_crop", "face_crop_aug_range")
     return next((name for name in names if getattr(options, name)), None)
 

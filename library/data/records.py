@@ -16,7 +16,7 @@ from library.data.buckets import Buckets, Geometry, Size, cover
 from library.data.config import DatasetConfig
 from library.data.scanning.columns import TextColumn
 from library.data.scanning.scan import COLUMNS, TEXTS, Builder, SubsetReport, printable
-from library.data.scratch import ScratchFolder
+from library.data.scratch import ScratchFolder, saying_if_full
 from library.errors import UserError
 
 NOTHING_DECODES = "no image to train on is left: not one of them can be decoded"
@@ -46,6 +46,9 @@ class Record:
     """Path of its mask file, or nothing."""
     cache_stem: str
     """Path that the names of its caches start with; no other image of its folder has the same."""
+    shared_stem: bool
+    """Whether another image of its folder has the same stem, or has it as its name: then a file that is named after
+    the stem may be the other's."""
 
 
 class RecordTable:
@@ -72,7 +75,8 @@ class RecordTable:
         self._mask_roots: list[list[str]] = facts["mask_roots"]
         self._predefined: list[bool] = facts["predefined"]
         self.reports = tuple(
-            SubsetReport(**(report | {"broken": tuple(report["broken"])})) for report in facts["reports"]
+            SubsetReport(**{name: tuple(v) if isinstance(v, list) else v for name, v in report.items()})
+            for report in facts["reports"]
         )
         self._scratch = scratch  # the last attribute is the last to go, after the maps of what is in the folder
 
@@ -100,7 +104,8 @@ class RecordTable:
             repeats=float(self.repeats[index]),
             validation=bool(self.validation[index]),
             mask=mask and os.path.join(self._mask_roots[dataset][subset], mask),
-            cache_stem=path if self.shared_stems[index] else os.path.splitext(path)[0],
+            cache_stem=path if self.full_stems[index] else os.path.splitext(path)[0],
+            shared_stem=bool(self.shared_stems[index]),
         )
 
     def __iter__(self) -> Iterator[Record]:
@@ -157,10 +162,17 @@ def scan(datasets: Sequence[DatasetConfig]) -> RecordTable:
 
     Only headers of images are read. What cannot be read and folders without images are left out with a warning. Raises
     UserError if no training image is left, if captions lie beside the images under another extension than chosen, or
-    for a metadata file that cannot be understood or needs a resolution.
+    for a metadata file that cannot be understood or needs a resolution, or if the temporary folder is full.
     """
     scratch = ScratchFolder("records")
-    builder = Builder(scratch.path)
+    with saying_if_full(scratch.path):
+        _fill(scratch.path, datasets)
+    return RecordTable(scratch.path, scratch)
+
+
+def _fill(folder: Path, datasets: Sequence[DatasetConfig]) -> None:
+    """Writes the columns of a table."""
+    builder = Builder(folder)
     for index, dataset in enumerate(datasets):
         builder.add(index, dataset)
     if not builder.training_images:
@@ -171,7 +183,6 @@ def scan(datasets: Sequence[DatasetConfig]) -> RecordTable:
         raise UserError(f"no image to train on is left in {where}: {remedy}")
     builder.warn_of_empty_captions()
     builder.write()
-    return RecordTable(scratch.path, scratch)
 
 
 def geometry_of(record: Record, buckets: Buckets | None) -> Geometry:

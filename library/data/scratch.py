@@ -1,14 +1,19 @@
 """Temporary folders that processes share and that disappear with the object, and process, that made them."""
 
+import errno
 import os
 import platform
 import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+from library.errors import UserError
 
 _A_DAY = 86400  # seconds
 # Process numbers mean something on one machine only, and a temporary folder may lie on a disk that several share.
@@ -30,6 +35,20 @@ class ScratchFolder:
         self.path = Path(tempfile.mkdtemp(prefix=f"atelier_{os.getpid()}_{_MACHINE}_{purpose}_"))
         _made.add(self.path)
         weakref.finalize(self, _remove, self.path, os.getpid())
+
+
+@contextmanager
+def saying_if_full(folder: Path) -> Iterator[None]:
+    """Turns a full disk under a temporary folder into a UserError with the remedy."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{folder.parent} is full: free some space, or set the environment variable TMPDIR to a folder on a larger "
+            "disk"
+        ) from None
 
 
 def _remove(folder: Path, owner: int) -> None:

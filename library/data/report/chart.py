@@ -3,6 +3,7 @@
 from PIL import Image, ImageDraw, ImageFont
 
 from library.data.report.summary import BucketRow, Summary
+from library.data.scanning.wording import counted
 
 WIDTH = 720  # pixels
 ROW = 26
@@ -31,7 +32,7 @@ def chart(summary: Summary) -> Image.Image:
         _bar(draw, font, MARGIN + number * ROW, row, most, several)
     if left_out:
         place = (MARGIN, MARGIN + (len(rows) + 1) * ROW)
-        draw.text(place, f"and {left_out} buckets with fewer images", fill=FAINT, font=font)
+        draw.text(place, f"and {counted(left_out, 'bucket', 'buckets')} with fewer images", fill=FAINT, font=font)
     return picture
 
 

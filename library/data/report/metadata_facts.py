@@ -10,6 +10,9 @@ import numpy as np
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.plan import RunPlan
 from library.data.records import RecordTable, SubsetReport
+from library.data.scanning.scan import uses_per_epoch
+
+TAGS_KEPT = 10_000  # of each folder: a model file's header may have 100 MB at most, or no program opens it
 
 # What the entry of a dataset and the keys of a run with one dataset have in common.
 _FLAT = (
@@ -73,19 +76,20 @@ def _first(values: Iterable[Any]) -> Any:
 
 def _describe(table: RecordTable, plan: RunPlan, index: int, dataset: DatasetConfig) -> dict[str, Any]:
     """One dataset as an entry of `ss_datasets`."""
-    uses = [(uses_per_epoch(table, index, number), subset.is_reg) for number, subset in enumerate(dataset.subsets)]
+    uses = [(uses_of_subset(table, index, number), subset.is_reg) for number, subset in enumerate(dataset.subsets)]
+    in_buckets = dataset.enable_bucket or table.predefined(index)
     return {
         "is_dreambooth": dataset.subsets[0].metadata_file is None,
         "batch_size_per_device": dataset.batch_size,
         "num_train_images": sum(count for count, is_reg in uses if not is_reg),
         "num_reg_images": sum(count for count, is_reg in uses if is_reg),
         "resolution": dataset.resolution,
-        "enable_bucket": dataset.enable_bucket,
+        "enable_bucket": in_buckets,
         "min_bucket_reso": dataset.min_bucket_reso if dataset.enable_bucket else None,
         "max_bucket_reso": dataset.max_bucket_reso if dataset.enable_bucket else None,
         "bucket_no_upscale": dataset.bucket_no_upscale,
         "tag_frequency": _tag_frequency(table, index, dataset),
-        "bucket_info": _bucket_info(table, plan, index) if dataset.enable_bucket else None,
+        "bucket_info": _bucket_info(table, plan, index) if in_buckets else None,
         "subsets": [
             _describe_subset(subset, _report(table, index, number).images)
             for number, subset in enumerate(dataset.subsets)
@@ -129,14 +133,17 @@ def _bucket_info(table: RecordTable, plan: RunPlan, dataset: int) -> dict[str, A
 
 
 def _tag_frequency(table: RecordTable, index: int, dataset: DatasetConfig) -> dict[str, dict[str, int]]:
-    """By folder or metadata file: in how many of its images' captions each comma-separated tag is."""
+    """By folder or metadata file: in how many of its images' captions each comma-separated tag is.
+
+    Of each only the most frequent TAGS_KEPT: with whole sentences for captions there are about as many as images.
+    """
     frequency: dict[str, Counter[str]] = {}
     for number, subset in enumerate(dataset.subsets):
         counts = frequency.setdefault(_source(subset), Counter())
         for record in members(table, index, number).tolist():
             line = table.caption(record).partition("\n")[0]
             counts.update(tag.strip().lower() for tag in line.split(",") if tag.strip())
-    return {folder: dict(counts) for folder, counts in frequency.items()}
+    return {folder: dict(counts.most_common(TAGS_KEPT)) for folder, counts in frequency.items()}
 
 
 def _folder_counts(table: RecordTable, datasets: Sequence[DatasetConfig], is_reg: bool) -> dict[str, dict[str, Any]]:
@@ -162,9 +169,9 @@ def members(table: RecordTable, dataset: int, subset: int) -> np.ndarray:
     return np.flatnonzero((table.subsets[:, 0] == dataset) & (table.subsets[:, 1] == subset))
 
 
-def uses_per_epoch(table: RecordTable, dataset: int, subset: int) -> int:
-    """Times that images of a subset are used per epoch."""
-    return round(float(table.repeats[members(table, dataset, subset)].sum(dtype=np.float64)))
+def uses_of_subset(table: RecordTable, dataset: int, subset: int) -> int:
+    """Times that images of a subset are used per epoch, as the plan counts them."""
+    return uses_per_epoch(table.repeats[members(table, dataset, subset)])
 
 
 def whole(value: float) -> float | int:

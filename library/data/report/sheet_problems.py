@@ -50,6 +50,10 @@ def _of_subset(report: SubsetReport, subset: SubsetConfig, masked_loss: bool) ->
         yield (f"{_count(report.masks_missing, 'image')} without a mask, trained on as a whole",)
     if report.stray_masks:
         yield (f"{_count(report.stray_masks, 'mask')} without an image",)
+    if report.masks_wrong_size:
+        whose = "its image" if report.masks_wrong_size == 1 else "their images"
+        what = f"{_count(report.masks_wrong_size, 'mask')} of other proportions than {whose}, and distorted"
+        yield what, report.wrong_masks
     if report.masks_found and not masked_loss:
         yield (f"{_count(report.masks_found, 'mask')} not used: add --masked_loss",)
 

@@ -14,7 +14,8 @@ from library.data.config import DatasetConfig
 from library.data.plan import Group, RunPlan
 from library.data.records import RecordTable, SubsetReport
 from library.data.report import tables
-from library.data.report.metadata_facts import members, uses_per_epoch
+from library.data.report.metadata_facts import members, uses_of_subset
+from library.data.scanning.wording import counted
 from library.errors import some
 
 MASKS_LOOKED_AT = 200  # of each subset: enough for a mean, and soon read
@@ -70,6 +71,8 @@ class MaskRow:
     """Images without one."""
     no_image: int
     """Masks of no image."""
+    wrong_size: int
+    """Masks of other proportions than their images."""
     looked_at: int
     mean_area: str
     """Share of the images that is trained on, of the masks looked at."""
@@ -158,13 +161,14 @@ class Summary:
         ]
         rest = len(self.small_buckets) - _SMALL_BUCKETS_NAMED
         if rest > 0:
-            lines.append(f"so are {rest} more buckets")
+            lines.append("so is 1 more bucket" if rest == 1 else f"so are {rest} more buckets")
         if self.held_out:
-            lines.append(f"held out for validation: {self.held_out} images")
+            lines.append(f"held out for validation: {counted(self.held_out, 'image', 'images')}")
         return [
             *lines,
-            f"per epoch: {self.images_per_epoch} images in {self.batches_per_epoch} batches, "
-            f"{self.steps_per_epoch} optimizer steps",
+            f"per epoch: {counted(self.images_per_epoch, 'image', 'images')} in "
+            f"{counted(self.batches_per_epoch, 'batch', 'batches')}, "
+            f"{counted(self.steps_per_epoch, 'optimizer step', 'optimizer steps')}",
         ]
 
 
@@ -209,7 +213,7 @@ def summarise(
 
 def _folder(table: RecordTable, datasets: Sequence[DatasetConfig], report: SubsetReport) -> FolderRow:
     subset = datasets[report.dataset].subsets[report.subset]
-    per_epoch = uses_per_epoch(table, report.dataset, report.subset)
+    per_epoch = uses_of_subset(table, report.dataset, report.subset)
     return FolderRow(
         dataset=report.dataset,
         folder=subset.name,
@@ -235,7 +239,7 @@ def _regularisation(table: RecordTable, datasets: Sequence[DatasetConfig]) -> It
         repeats = np.concatenate([table.repeats[members(table, index, number)] for number in numbers])
         used = int(np.count_nonzero(repeats))
         names = some([dataset.subsets[number].name for number in numbers], 1)
-        uses = sum(uses_per_epoch(table, index, number) for number in numbers)
+        uses = sum(uses_of_subset(table, index, number) for number in numbers)
         yield RegularisationRow(index, names, len(repeats), used, uses, len(repeats) - used)
 
 
@@ -255,6 +259,7 @@ def _masks(table: RecordTable, datasets: Sequence[DatasetConfig]) -> Iterator[Ma
             found=None if subset.conditioning_data_dir is None else report.masks_found,
             no_mask=report.masks_missing,
             no_image=report.stray_masks,
+            wrong_size=report.masks_wrong_size,
             looked_at=len(areas),
             mean_area=f"{np.mean(known):.0%}" if known else "",
             all_zero=sum(area == 0 for area in known),

@@ -3,6 +3,7 @@
 import os
 import unicodedata
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,15 +53,32 @@ class Listing:
 
     @cached_property
     def shared_stems(self) -> np.ndarray:
-        """(images,) whether an earlier image has the same stem, for the file system's idea of the same"""
-        stems = list(map(os.path.normcase, self.stems)) if os.name == "nt" else self.stems
-        shared = np.zeros(len(stems), dtype=bool)
+        """(images,) whether another image has the same stem, or has it as its name, so that a file named after the
+        stem may be either's; for the file system's idea of the same
+        """
+        stems, shared = _as_compared(self.stems), self.full_stems.copy()
+        if shared.any():
+            counts = Counter(stems)
+            shared |= np.fromiter((counts[stem] > 1 for stem in stems), bool, len(stems))
+        return shared
+
+    @cached_property
+    def full_stems(self) -> np.ndarray:
+        """(images,) whether the image's caches are named after its full name, since its stem is an earlier image's
+        stem or another image's full name: so no two have the same
+        """
+        stems = _as_compared(self.stems)
+        full = np.zeros(len(stems), dtype=bool)
         if len(set(stems)) < len(stems):
             seen: set[str] = set()
             for index, stem in enumerate(stems):
-                shared[index] = stem in seen
+                full[index] = stem in seen
                 seen.add(stem)
-        return shared
+        like_images = [index for index, stem in enumerate(stems) if stem.rpartition(".")[2].lower() in _SUFFIXES]
+        if like_images:
+            names = set(_as_compared(self.images))
+            full[[index for index in like_images if stems[index] in names]] = True
+        return full
 
     @cached_property
     def _spellings(self) -> dict[str, str]:
@@ -108,6 +126,11 @@ def list_folder(folder: Path, caption_extension: str = "", *, stamps: bool = Fal
         image_stamps=_stamps(folder, images) if stamps else nothing,
         caption_stamps=_stamps(folder, [stem + extension for stem in captions]) if stamps else nothing,
     )
+
+
+def _as_compared(names: list[str]) -> list[str]:
+    """The names in the spelling that the file system compares."""
+    return list(map(os.path.normcase, names)) if os.name == "nt" else names
 
 
 def _stamps(folder: Path, names: list[str]) -> np.ndarray:

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from library.console import warn
 from library.data.buckets import Size
 from library.data.scanning.reading import tidy
-from library.errors import UserError
+from library.errors import UserError, nearest, suggest
 
 _PIECE = 2**20  # characters
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_NAMES = ("caption", "tags", "train_resolution")
 _FORMAT = '{"<image>": {"caption": "..."}, ...}'
 
 
@@ -28,11 +30,19 @@ class Entry(NamedTuple):
 
 
 def read_metadata(path: Path) -> Iterator[Entry]:
-    """The entries of a metadata file. Raises UserError, naming the file and the line or the key."""
+    """The entries of a metadata file. Raises UserError, naming the file and the line or the key.
+
+    Names in entries that look misspelt are warned of, once each; others are other programs'.
+    """
+    known = set(_NAMES)
     try:
         with path.open(encoding="utf-8-sig") as file:
             for key, value in _Members(path, file):
                 yield _entry(f"{path}: {key}", key, value)
+                for name in value.keys() - known:
+                    known.add(name)
+                    if nearest(name, _NAMES):
+                        warn(f"{path}: {key}: {name} means nothing here and is not used{suggest(name, _NAMES)}")
     except OSError as problem:
         raise UserError(f"{path}: this metadata file cannot be read ({problem.strerror})") from None
     except UnicodeDecodeError:

@@ -12,12 +12,14 @@ from library.console import warn
 from library.data.buckets import Buckets, Geometry, Size, cover
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.scanning.columns import Texts, TextWriter
-from library.data.scanning.listing import list_folder, normalised
+from library.data.scanning.listing import normalised
+from library.data.scanning.masks import find_masks
 from library.data.scanning.sources import Found, in_folder, in_metadata
+from library.data.scanning.wording import counted
 from library.errors import UserError, some
 from library.randomness import address
 
-COLUMNS = ("sizes", "buckets", "subsets", "repeats", "validation", "shared_stems")
+COLUMNS = ("sizes", "buckets", "subsets", "repeats", "validation", "shared_stems", "full_stems")
 TEXTS = ("names", "captions", "masks")
 
 
@@ -41,6 +43,10 @@ class SubsetReport:
     """Images without a mask, where there is a folder of masks."""
     stray_masks: int
     """Masks without an image."""
+    masks_wrong_size: int
+    """Masks of other proportions than their images."""
+    wrong_masks: tuple[str, ...]
+    """Names of the first of them."""
     held_out: int
     """Images for validation."""
     upscaled: int
@@ -92,8 +98,8 @@ class Builder:
         facts = found.facts.take(kept)
         count = len(names)
         buckets_of, upscaled, error = _choose(facts.sizes, kept, found, buckets)
-        held_out = _held_out(names, subset)
-        masks, with_mask, stray = _masks(names, subset)
+        held_out = _held_out(found.names, subset)[kept]
+        masks = find_masks(names, facts.sizes, subset)
         captions = facts.captions.filled(subset.class_tokens)
         self._note_empty(found.root, names, captions)
         _warn_of_animations(subset, names, facts.animated)
@@ -102,10 +108,15 @@ class Builder:
         self.columns["subsets"].append(np.full((count, 2), (index, number), dtype=np.int32))
         self.columns["validation"].append(held_out)
         self.columns["shared_stems"].append(found.shared_stem[kept])
+        self.columns["full_stems"].append(found.full_stem[kept])
         self.texts["names"].extend(Texts.of_names(names))
         self.texts["captions"].extend(captions)
-        self.texts["masks"].extend(masks)
-        self.training_images += 0 if subset.is_reg else count
+        self.texts["masks"].extend(masks.names)
+        used = count - int(held_out.sum())
+        if count and not used:
+            what = counted(count, "image that is left is", "images that are left are")
+            warn(f"{subset.name}: the {what} held out for validation, so that there is nothing to train on")
+        self.training_images += 0 if subset.is_reg else used
         self.reports.append(
             SubsetReport(
                 dataset=index,
@@ -116,15 +127,17 @@ class Builder:
                 broken=tuple(found.broken),
                 skipped_small=skipped,
                 animated=int(facts.animated.sum()),
-                masks_found=with_mask,
-                masks_missing=count - with_mask if subset.conditioning_data_dir else 0,
-                stray_masks=stray,
-                held_out=int(held_out.sum()),
+                masks_found=masks.found,
+                masks_missing=masks.missing,
+                stray_masks=masks.stray,
+                masks_wrong_size=masks.wrong_size,
+                wrong_masks=masks.wrong_names,
+                held_out=count - used,
                 upscaled=upscaled,
                 aspect_error=error,
             )
         )
-        return np.where(held_out, 0.0, _uses(subset, count - int(held_out.sum())))
+        return np.where(held_out, 0.0, _uses(subset, used))
 
     def _note_empty(self, root: str, names: list[str], captions: Texts) -> None:
         empty = np.flatnonzero(captions.lengths == 0)
@@ -190,9 +203,10 @@ def _uses(subset: SubsetConfig, images: int) -> float:
 
 
 def _held_out(names: list[str], subset: SubsetConfig) -> np.ndarray:
-    """(N,) whether each image is kept for validation.
+    """(N,) whether each image is kept for validation: at least one, and never all of several.
 
-    The choice depends on names and seed alone, so that a folder that is used at two resolutions loses the same images.
+    `names` are all images that were found, and the choice depends on them and the seed alone, so that a folder that is
+    used at two resolutions loses the same images even where skip_image_resolution leaves out different ones.
     """
     held_out = np.zeros(len(names), dtype=bool)
     if subset.validation_split > 0 and not subset.is_reg and len(names) > 1:
@@ -215,10 +229,11 @@ def _large_enough(dataset: DatasetConfig, found: Found) -> tuple[np.ndarray, int
     kept = np.flatnonzero(areas > (limit[0] * limit[1] if limit else 0))
     skipped = len(areas) - len(kept)
     if skipped:
+        are = "is" if skipped == 1 else "are"
         first = found.names[int(np.flatnonzero(areas <= limit[0] * limit[1])[0])]
         warn(
-            f"{found.root}: {skipped} of {len(areas)} images are not larger than skip_image_resolution "
-            f"{limit[0]}x{limit[1]} and are left out; the first is {first}"
+            f"{found.root}: {skipped} of {len(areas)} images {are} not larger than skip_image_resolution "
+            f"{limit[0]}x{limit[1]} and {are} left out; the first is {first}"
         )
     return kept, skipped
 
@@ -257,32 +272,11 @@ def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows[first], inverse, counts
 
 
-def _masks(names: list[str], subset: SubsetConfig) -> tuple[Texts, int, int]:
-    """(the mask of each image, how many there are, how many masks have no image)"""
-    folder = subset.conditioning_data_dir
-    nothing = Texts(b"", np.zeros(len(names), np.int64), np.zeros(len(names), np.int32))
-    if folder is None or not names:
-        return nothing, 0, 0
-    try:
-        listing = list_folder(folder)
-    except OSError as problem:
-        warn(f"{folder}: the masks cannot be read and are not used ({problem.strerror})")
-        return nothing, 0, 0
-    masks = [listing.find(Path(name).stem) or "" for name in names]
-    missing = [name for name, mask in zip(names, masks, strict=True) if not mask]
-    stems = {normalised(Path(name).stem) for name in names}
-    stray = [mask for mask, stem in zip(listing.images, listing.stems, strict=True) if normalised(stem) not in stems]
-    if missing:
-        warn(f"{folder}: {len(missing)} of {len(names)} images of {subset.name} have no mask: {some(missing)}")
-    if stray:
-        warn(f"{folder}: {len(stray)} masks have no image in {subset.name}: {some(stray)}")
-    return Texts.of(masks), len(names) - len(missing), len(stray)
-
-
 def _warn_of_animations(subset: SubsetConfig, names: list[str], animated: np.ndarray) -> None:
     if animated.any():
         named = some([names[row] for row in np.flatnonzero(animated).tolist()])
-        warn(f"{subset.name}: {int(animated.sum())} images are animations, of which the first frame is used: {named}")
+        count = counted(int(animated.sum()), "image is an animation", "images are animations")
+        warn(f"{subset.name}: {count}, of which the first frame is used: {named}")
 
 
 def _refuse_without_resolution(dataset: DatasetConfig, found: list[Found]) -> None:

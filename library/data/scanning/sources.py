@@ -20,6 +20,7 @@ from library.data.scanning.index import NO_FACTS, Facts
 from library.data.scanning.listing import Listing, list_folder, normalised
 from library.data.scanning.metadata import Entry, read_metadata
 from library.data.scanning.reading import in_chunks, read_caption, read_header
+from library.data.scanning.wording import counted
 from library.errors import UserError, some
 
 _CAPTION_EXTENSIONS = (".txt", ".caption", ".tags")  # what captions are usually found in
@@ -34,7 +35,9 @@ class Found:
     names: list[str]
     facts: Facts
     shared_stem: np.ndarray
-    """(N,) whether another image of its folder comes first with the same stem"""
+    """(N,) whether another image of its folder has the same stem, or has it as its name"""
+    full_stem: np.ndarray
+    """(N,) whether its caches are named after its full name"""
     resolutions: np.ndarray | None = None
     """(N, 2) train_resolution of a metadata file, 0 where it has none; None for a folder"""
     without_resolution: str = ""
@@ -58,7 +61,7 @@ def in_folder(subset: SubsetConfig) -> Found:
         listing = list_folder(folder, subset.caption_extension, stamps=subset.cache_info)
     except OSError as problem:
         warn(f"{folder}: the folder cannot be read and is left out ({problem.strerror})")
-        return Found(os.fspath(folder), [], NO_FACTS, np.empty(0, bool))
+        return Found(os.fspath(folder), [], NO_FACTS, np.empty(0, bool), np.empty(0, bool))
     if not listing.images:
         warn(f"{folder}: no images in it, the folder is left out")
     known, rows = NO_FACTS, np.full(len(listing.images), -1)
@@ -79,6 +82,7 @@ def in_folder(subset: SubsetConfig) -> Found:
         names=[listing.images[row] for row in used.tolist()],
         facts=facts,
         shared_stem=listing.shared_stems[used],
+        full_stem=listing.full_stems[used],
         captions_missing=int((facts.captions.lengths < 0).sum()),
         captions_without_image=_report_stray_captions(listing),
         broken=list(broken),
@@ -125,10 +129,12 @@ def _read(
         if caption and caption.text is None:
             silent.append(captions[number])
     if broken:
+        are = "is" if len(broken) == 1 else "are"
         named = some([f"{name} ({reason})" for name, reason in broken.items()])
-        warn(f"{root}: {len(broken)} of {of} images cannot be read and are left out: {named}")
+        warn(f"{root}: {len(broken)} of {of} images cannot be read and {are} left out: {named}")
     if silent:
-        warn(f"{root}: {len(silent)} captions cannot be read and count as missing: {some(silent)}")
+        count = counted(len(silent), "caption cannot be read and counts", "captions cannot be read and count")
+        warn(f"{root}: {count} as missing: {some(silent)}")
     columns = (np.frombuffer(column, dtype=bool) for column in (animated, unusual))
     texts = Texts.packed(blob, np.array(lengths, dtype=np.int32))
     return Facts(np.array(sizes, dtype=np.int32).reshape(-1, 2), *columns, texts), broken
@@ -138,14 +144,16 @@ def _report_captions(subset: SubsetConfig, listing: Listing, facts: Facts, used:
     """Says which captions may not be what was meant."""
     unusual = [listing.caption_of(row) for row in used[facts.unusual].tolist()]
     if unusual:
-        warn(f"{subset.image_dir}: {len(unusual)} captions are not UTF-8 and are read as Latin-1: {some(unusual)}")
+        count = counted(len(unusual), "caption is not UTF-8 and is", "captions are not UTF-8 and are")
+        warn(f"{subset.image_dir}: {count} read as Latin-1: {some(unusual)}")
     missing = [listing.stems[row] for row in used[facts.captions.lengths < 0].tolist()]
     counts = {end: sum(stem + end in listing.others for stem in missing) for end in _CAPTION_EXTENSIONS}
     extension, count = max(counts.items(), key=lambda item: item[1])
     if not count:
         return
     # They are more likely overlooked than not wanted.
-    found = f"{count} of the {len(used)} images have a {extension} file and no {subset.caption_extension} file"
+    have = "has" if count == 1 else "have"
+    found = f"{count} of the {len(used)} images {have} a {extension} file and no {subset.caption_extension} file"
     if len(missing) < len(used) or subset.is_reg:
         warn(f"{subset.image_dir}: {found}: the {extension} files are not used")
         return
@@ -160,7 +168,7 @@ def _report_stray_captions(listing: Listing) -> int:
     stray = sorted(listing.captions.keys() - set(listing.stems))
     if stray:
         named = some([stem + listing.caption_extension for stem in stray])
-        warn(f"{listing.folder}: {len(stray)} captions have no image: {named}")
+        warn(f"{listing.folder}: {counted(len(stray), 'caption has', 'captions have')} no image: {named}")
     return len(stray)
 
 
@@ -183,10 +191,11 @@ class _Entries:
         self.subset = subset
         self.listings: dict[str, Listing | None] = {}
         self.shared: dict[str, set[str]] = {}
+        self.full: dict[str, set[str]] = {}
         self.folders: dict[str, int] = {}
         self.names: list[str] = []
         self.folder_of, self.lengths, self.resolutions = array("i"), array("i"), array("i")
-        self.only_latents, self.shared_stem = array("b"), array("b")
+        self.only_latents, self.shared_stem, self.full_stem = array("b"), array("b"), array("b")
         self.blob = bytearray()
         self.missing: list[str] = []
         self.without_resolution = ""
@@ -208,7 +217,10 @@ class _Entries:
         self.blob += entry.caption or b""
         self.resolutions.extend(entry.train_resolution or (0, 0))
         self.only_latents.append(bool(latents))
-        self.shared_stem.append(name in self.shared[folder])
+        # latents whose image is gone may be those of an image with the same stem
+        shared = bool(listing.find(os.path.splitext(name)[0])) if latents else name in self.shared[folder]
+        self.shared_stem.append(shared)
+        self.full_stem.append(name in self.full[folder])
         if not entry.train_resolution:
             self.without_resolution = self.without_resolution or entry.key
 
@@ -221,6 +233,7 @@ class _Entries:
             else:
                 self.listings[folder] = listing
                 self.shared[folder] = {listing.images[i] for i in np.flatnonzero(listing.shared_stems).tolist()}
+                self.full[folder] = {listing.images[i] for i in np.flatnonzero(listing.full_stems).tolist()}
         return self.listings[folder]
 
     def found(self) -> Found:
@@ -240,6 +253,7 @@ class _Entries:
             names=[names[row] for row in sound.tolist()],
             facts=Facts(facts.sizes, facts.animated, facts.unusual, captions.take(sound)),
             shared_stem=np.array(self.shared_stem, dtype=bool)[order][sound],
+            full_stem=np.array(self.full_stem, dtype=bool)[order][sound],
             resolutions=resolutions[sound],
             without_resolution=self.without_resolution,
             only_latents=only_latents[sound],
