@@ -31,6 +31,17 @@ def fresh_console(monkeypatch) -> Iterator[None]:
     logging.captureWarnings(False)
 
 
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What the data room tells the user, every time it does."""
+    messages = []
+    for name, module in list(sys.modules.items()):
+        for speaker in ("warn", "notice"):
+            if name.startswith("library.data.") and hasattr(module, speaker):
+                monkeypatch.setattr(module, speaker, lambda message, **_: messages.append(message))
+    return messages
+
+
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory) -> Path:
     """A model for sizes that are multiples of 4. Not to be written to, as all that lasts a session."""

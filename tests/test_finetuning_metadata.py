@@ -16,14 +16,6 @@ from tests.pictures import dataset, picture, subset
 
 
 @pytest.fixture
-def said(monkeypatch):
-    messages = []
-    for module in ("scanning.scan", "scanning.sources", "scanning.metadata"):
-        monkeypatch.setattr(f"library.data.{module}.warn", messages.append)
-    return messages
-
-
-@pytest.fixture
 def table(tmp_path):
     def make(entries, image_dir=tmp_path / "images", subset_options=None, **options):
         file = tmp_path / "meta.json"

@@ -24,15 +24,6 @@ from tests.pictures import dataset, picture, subset
 
 
 @pytest.fixture
-def said(monkeypatch):
-    """Warnings to the user."""
-    messages = []
-    for module in ("caching.cache", "dataset"):
-        monkeypatch.setattr(f"library.data.{module}.warn", lambda message, **_: messages.append(message))
-    return messages
-
-
-@pytest.fixture
 def datasets(tmp_path):
     """Several buckets, mirroring in one of two subsets."""
     for number, size in enumerate([(64, 64), (90, 60), (64, 64), (60, 90), (64, 64)]):

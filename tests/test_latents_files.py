@@ -26,15 +26,6 @@ def folder(tmp_path) -> Path:
     return tmp_path / "a"
 
 
-@pytest.fixture
-def said(monkeypatch) -> list[str]:
-    """Notices and warnings to the user."""
-    messages = []
-    for place in ("caching.cache.warn", "caching.latents_plan.notice", "dataset.warn"):
-        monkeypatch.setattr(f"library.data.{place}", lambda message, **_: messages.append(message))
-    return messages
-
-
 def latents(bucket: tuple[int, int] = (64, 64)) -> np.ndarray:
     return RNG.standard_normal((4, bucket[1] // 8, bucket[0] // 8)).astype(np.float32)
 

@@ -28,15 +28,6 @@ def folder(tmp_path) -> Path:
     return tmp_path / "a"
 
 
-@pytest.fixture
-def said(monkeypatch) -> list[str]:
-    """Warnings to the user."""
-    messages = []
-    for place in ("caching.cache.warn", "dataset.warn"):
-        monkeypatch.setattr(f"library.data.{place}", lambda message, **_: messages.append(message))
-    return messages
-
-
 def test_a_whole_group_is_computed_and_only_what_is_missing_written(folder):
     disk = Disk(dataset(subset(folder)))
     disk.cache(batch_size=3)

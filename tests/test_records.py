@@ -20,15 +20,6 @@ from library.errors import UserError
 from tests.pictures import dataset, picture, subset
 
 
-@pytest.fixture
-def said(monkeypatch):
-    """Warnings to the user."""
-    messages = []
-    for module in ("scanning.scan", "scanning.sources", "scanning.index", "scanning.masks"):
-        monkeypatch.setattr(f"library.data.{module}.warn", messages.append)
-    return messages
-
-
 class TestScan:
     def test_records_are_sorted_and_complete(self, tmp_path):
         picture(tmp_path / "b.png", (100, 50), "two\nlines")

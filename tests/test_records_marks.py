@@ -12,15 +12,6 @@ from library.errors import UserError
 from tests.pictures import dataset, picture, subset
 
 
-@pytest.fixture
-def said(monkeypatch):
-    """Warnings to the user."""
-    messages = []
-    for module in ("scanning.scan", "scanning.sources", "scanning.index", "scanning.masks"):
-        monkeypatch.setattr(f"library.data.{module}.warn", messages.append)
-    return messages
-
-
 class TestMasks:
     def test_masks_have_the_stem_of_their_image(self, tmp_path, said):
         for name in ("a.jpg", "b.png", "c.png"):

@@ -40,8 +40,8 @@ from library.training.previews import Previewer
 from library.training.provenance import Provenance
 from library.training.report import after_training, before_training
 from library.training.saving import Saver
-from library.training.scanning import scan_together
 from library.training.schedulers import make_scheduler
+from library.training.shared_scan import scan_together
 from library.training.state import Progress
 from library.training.step import TrainingStep
 from library.training.stepper import Stepper

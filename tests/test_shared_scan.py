@@ -4,7 +4,7 @@ import pytest
 
 from library.data.records import scan
 from library.errors import UserError
-from library.training import scanning
+from library.training import shared_scan
 from tests.pictures import dataset, picture, subset
 
 
@@ -26,19 +26,19 @@ def datasets(tmp_path):
 
 def test_the_second_process_of_a_machine_reads_the_table_of_the_first(datasets, monkeypatch):
     said = []
-    monkeypatch.setattr(scanning, "gather_object", lambda seen: (said.extend(seen), list(said))[1])
-    first = scanning.scan_together(datasets, Process(True))
-    monkeypatch.setattr(scanning, "scan", None)  # would fail
-    second = scanning.scan_together(datasets, Process(False))
+    monkeypatch.setattr(shared_scan, "gather_object", lambda seen: (said.extend(seen), list(said))[1])
+    first = shared_scan.scan_together(datasets, Process(True))
+    monkeypatch.setattr(shared_scan, "scan", None)  # would fail
+    second = shared_scan.scan_together(datasets, Process(False))
     assert second.folder == first.folder
     assert [record.path for record in second] == [record.path for record in first]
 
 
 def test_machines_that_see_different_images_are_refused(datasets, tmp_path, monkeypatch):
     table = scan(datasets)
-    elsewhere = [("other machine", "folder", scanning.digest(table))]
-    monkeypatch.setattr(scanning, "gather_object", lambda seen: seen + elsewhere)
-    scanning.scan_together(datasets, Process(True))
+    elsewhere = [("other machine", "folder", shared_scan.digest(table))]
+    monkeypatch.setattr(shared_scan, "gather_object", lambda seen: seen + elsewhere)
+    shared_scan.scan_together(datasets, Process(True))
     (tmp_path / "a.png").rename(tmp_path / "c.png")
     with pytest.raises(UserError, match="do not see the same images"):
-        scanning.scan_together(datasets, Process(True))
+        shared_scan.scan_together(datasets, Process(True))
