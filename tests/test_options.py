@@ -166,7 +166,7 @@ def test_effective_values_behind_the_defaults(monkeypatch):
 def test_to_disk_switches_its_cache_on():
     def caches(*flags):
         options = CacheOptions(**dict.fromkeys(flags, True))
-        return options.latents, options.latents_to_disk, options.text, options.text_to_disk
+        return options.latents, options.cache_latents_to_disk, options.text, options.cache_text_encoder_outputs_to_disk
 
     assert caches() == (False, False, False, False)
     assert caches("cache_latents", "cache_text_encoder_outputs") == (True, False, True, False)

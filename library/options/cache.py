@@ -37,16 +37,6 @@ class CacheOptions:
         return self.cache_latents or self.cache_latents_to_disk
 
     @property
-    def latents_to_disk(self) -> bool:
-        """Whether latents are cached in files beside the images."""
-        return self.cache_latents_to_disk
-
-    @property
     def text(self) -> bool:
         """Whether text encoder outputs are cached at all."""
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
-
-    @property
-    def text_to_disk(self) -> bool:
-        """Whether text encoder outputs are cached in files beside the images."""
-        return self.cache_text_encoder_outputs_to_disk

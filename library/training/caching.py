@@ -58,7 +58,7 @@ def plan_for_run(
         table,
         datasets,
         latents_layout(info),
-        to_disk=options.latents_to_disk,
+        to_disk=options.cache_latents_to_disk,
         skip_check=options.skip_cache_check,
         recache_unknown=options.recache_unknown and options.latents,
     )

@@ -54,7 +54,7 @@ def prepare_caches(
             datasets,
             model.encode_text,
             text_layout(info, model.text),
-            to_disk=options.text_to_disk,
+            to_disk=options.cache_text_encoder_outputs_to_disk,
             batch_size=options.text_encoder_batch_size,
             skip_check=options.skip_cache_check,
             **share,
