@@ -161,8 +161,8 @@ def check_resolutions(datasets: Sequence[DatasetConfig], step: int) -> None:
 
 def check_combinations(datasets: Sequence[DatasetConfig], cache: CacheOptions, trains_text_encoder: bool) -> None:
     """Raises UserError if something is to be cached that is different each time it is used."""
-    latents_flag = "--cache_latents_to_disk" if cache.cache_latents_to_disk else "--cache_latents"
-    text_flag = "--cache_text_encoder_outputs_to_disk" if cache.cache_text_encoder_outputs_to_disk else "--cache_text_encoder_outputs"
+    latents_flag = "--cache_latents" + ("_to_disk" if cache.cache_latents_to_disk else "")
+    text_flag = "--cache_text_encoder_outputs" + ("_to_disk" if cache.cache_text_encoder_outputs_to_disk else "")
     if cache.text and trains_text_encoder:
         raise UserError(
             f"{text_flag}: what a text encoder puts out changes while it is trained: train the U-Net alone, "

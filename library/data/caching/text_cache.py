@@ -8,7 +8,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from library.data.caching.npz import read_arrays, write_arrays
 from library.data.config import DatasetConfig
 from library.data.images import BrokenImage
 from library.data.records import Record, RecordTable
-from library.data.scratch import ScratchFolder
+from library.data.scratch import ScratchFolder, saying_if_full
 from library.errors import UserError, some
 
 Encode = Callable[[list[str]], dict[str, torch.Tensor]]
@@ -182,7 +181,6 @@ def cache_text(
     rows = np.full(len(table), _OWN_FILE, dtype=np.int32)
     shapes: dict[str, tuple[int, ...]] = {}
     row = _EMPTY
-    larger = "free some space, or set the environment variable TMPDIR to a folder on a larger disk"
     with open(scratch.path / "values.bin", "wb") as file:
         for caption, arrays in _encoded([[empty], *needed], encode, layout):
             users = left.intersection(caption.records())
@@ -190,11 +188,11 @@ def cache_text(
                 shapes = {name: values.shape for name, values in arrays.items()}
                 rows[list(users)] = row
                 row += 1
-                with _writing(scratch.path, larger):
+                with saying_if_full(scratch.path):
                     file.write(b"".join(values.tobytes() for values in arrays.values()))
                     file.flush()
     facts = {"suffix": layout.suffix, "arrays": dict(layout.arrays), "shapes": shapes}
-    with _writing(scratch.path, larger):
+    with saying_if_full(scratch.path):
         np.save(scratch.path / "rows.npy", rows)
         (scratch.path / "facts.json").write_text(json.dumps(facts))
     return TextCache(scratch.path, scratch)
@@ -299,13 +297,17 @@ def _write_files(
                 files.closed[os.path.dirname(path)] += 1
                 files.left.update(users)
                 del wrong[path]
-    again = "free some space or let it be written, and start again: what is cached by then stays"
     todo = [batch for batch in batches[rank::world] if any(not wrong.keys().isdisjoint(c.files) for c in batch)]
     for caption, arrays in _encoded(todo, encode, layout):
         recorded = np.frombuffer(layout.made_from(caption.text).encode("ascii"), dtype=np.uint8)
         for path in [path for path in caption.files if path in wrong]:
-            with _writing(path, again):
+            try:
                 write_arrays(path, {**arrays, _MADE_FROM: recorded})
+            except OSError as problem:
+                raise UserError(
+                    f"{path} cannot be written ({problem.strerror}): free some space or make its folder writable, "
+                    "and start again, the files that are finished are used"
+                ) from None
             files.written += 1
             if wrong[path] != _MISSING:
                 files.replaced[wrong[path]] += 1
@@ -340,11 +342,3 @@ def _is_writable(folder: str) -> bool:
             return True
     except OSError as problem:
         return problem.errno == errno.ENOSPC  # a full disk is for whoever writes to it to report
-
-
-@contextmanager
-def _writing(place: str | Path, remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:
-        raise UserError(f"{place} cannot be written ({problem.strerror}): {remedy}") from None
