@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
 
 from library.generation.paint import paint
 from library.generation.prompts import PromptLine
 from library.generation.samplers import make_scheduler
+from library.models.noise import DDPM, Prediction, scheduler_config
 from library.models.registry import load_model
 from networks.lora import create_network_from_weights
 from tests.pipelines import picture_of, pipeline_of, pixels
@@ -48,3 +50,15 @@ def test_a_trained_lora_paints_the_same_in_diffusers(train, flags, tmp_path, mod
 def test_without_the_lora_the_pictures_agree_too(model, pipeline):
     request = dataclasses.replace(REQUEST, negative_prompt=None)
     assert np.abs(pixels(paint(model, request)) - picture_of(pipeline, request)).mean() < 0.2
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_models_that_predict_v_agree_with_a_pipeline_of_their_configuration(model, zero_terminal_snr, monkeypatch):
+    prediction = Prediction("v_prediction", zero_terminal_snr)
+    request = dataclasses.replace(REQUEST, negative_prompt=None)
+    of_noise = pixels(paint(model, request))
+    monkeypatch.setattr(model, "noise_process", lambda: DDPM(prediction))
+    ours = pixels(paint(model, request))
+    scheduler = DDIMScheduler(**scheduler_config(prediction), clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    assert np.abs(ours - of_noise).mean() > 4, "the prediction must be seen for its picture to be compared"
+    assert np.abs(ours - picture_of(pipeline_of(model, scheduler), request)).mean() < 0.2

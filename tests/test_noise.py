@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.models.noise import DDPM, sample_noise, torch_generator
+from library.models.noise import DDPM, Prediction, sample_noise, torch_generator
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden/objective.json").read_text())
 TIMESTEPS = torch.tensor(GOLDEN["timesteps"])
+V_PREDICTION = Prediction("v_prediction")
+ZERO_TERMINAL = Prediction("v_prediction", zero_terminal_snr=True)
 
 
 def test_golden_alphas():
@@ -19,6 +21,14 @@ def test_golden_alphas():
 
 def test_golden_snr():
     torch.testing.assert_close(DDPM().snr(TIMESTEPS), torch.tensor(GOLDEN["snr"]), rtol=1e-6, atol=0)
+
+
+def test_golden_zero_terminal_snr():
+    process = DDPM(ZERO_TERMINAL)
+    assert torch.equal(process.alphas_cumprod[TIMESTEPS], torch.tensor(GOLDEN["zero_terminal_alphas_cumprod"]))
+    snr = process.snr(torch.arange(process.steps))
+    assert snr[-1] == 0
+    assert (snr.diff() < 0).all()
 
 
 def test_noisy_latents_have_the_variance_of_their_timestep():
@@ -34,13 +44,40 @@ def test_noisy_latents_have_the_variance_of_their_timestep():
 
 def test_the_target_is_the_noise():
     noise = torch.randn(1, 4, 2, 2)
+    assert DDPM().prediction_type == "epsilon"
     assert DDPM().target(torch.zeros_like(noise), noise, torch.tensor([3])) is noise
+
+
+@pytest.mark.parametrize("prediction", [V_PREDICTION, ZERO_TERMINAL])
+def test_v_is_perpendicular_to_the_noisy_latents(prediction):
+    """Salimans and Ho 2022, appendix D: noisy latents and v are latents and noise, turned by one angle."""
+    process = DDPM(prediction)
+    latents, noise = torch.randn((2, 5, 4, 2, 2), generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([0, 10, 500, 998, 999])
+    noisy, v = process.add_noise(latents, noise, timesteps), process.target(latents, noise, timesteps)
+    alpha_bar = process.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    cosine, sine = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    torch.testing.assert_close(cosine * noisy - sine * v, latents, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sine * noisy + cosine * v, noise, rtol=0, atol=1e-5)
+
+
+def test_without_signal_v_is_the_latents_turned_round():
+    latents, noise = torch.randn(2, 1, 4, 2, 2)
+    process, last = DDPM(ZERO_TERMINAL), torch.tensor([999])
+    assert torch.equal(process.add_noise(latents, noise, last), noise)
+    assert torch.equal(process.target(latents, noise, last), -latents)
+
+
+def test_other_predictions_are_refused():
+    with pytest.raises(ValueError, match="'v'"):
+        Prediction("v")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_latents_keep_their_dtype(dtype):
-    latents = torch.zeros(1, 4, 2, 2, dtype=dtype)
-    assert DDPM().add_noise(latents, latents, torch.tensor([3])).dtype == dtype
+    latents, process, timesteps = torch.zeros(1, 4, 2, 2, dtype=dtype), DDPM(V_PREDICTION), torch.tensor([3])
+    assert process.add_noise(latents, latents, timesteps).dtype == dtype
+    assert process.target(latents, latents, timesteps).dtype == dtype
 
 
 def test_draws_belong_to_their_sample():

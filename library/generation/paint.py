@@ -16,16 +16,15 @@ from torch import Tensor, nn
 
 from library.console import notice, warn
 from library.generation.prompts import PromptLine
-from library.generation.samplers import make_scheduler
+from library.generation.samplers import make_scheduler, set_timesteps
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-    from library.models.family import Family
+    from library.models.family import Family, LatentSpec
 
 DEFAULT_STEPS = 30
 DEFAULT_SCALE = 7.5
-DEFAULT_SIZE = (512, 512)
 
 
 def paint(
@@ -33,12 +32,11 @@ def paint(
     request: PromptLine,
     *,
     default_sampler: str = "ddim",
-    default_size: tuple[int, int] = DEFAULT_SIZE,
 ) -> Image.Image:
     """Paint one picture with the model as it is, on its device and in its precision.
 
-    What the request leaves open: no negative prompt, 30 steps, scale 7.5, `default_sampler` and `default_size`
-    (width, height) in pixels. Sizes are rounded down to what the model can do. A scale of 1 or less paints without
+    What the request leaves open: no negative prompt, 30 steps, scale 7.5, `default_sampler` and the model's own size
+    (512x512, SDXL 1024x1024). Sizes are rounded down to what the model can do. A scale of 1 or less paints without
     guidance, as in Diffusers. Weights in prompts, as in `(word:1.3)`, are heeded. The request must have a seed
     (ValueError). Raises UserError for an unknown sampler.
 
@@ -49,17 +47,19 @@ def paint(
     if request.control_image is not None:
         notice(f"the control image {request.control_image} is left out: there is no ControlNet to read it")
     scale = DEFAULT_SCALE if request.scale is None else request.scale
-    width, height = _paintable_size(request, default_size, model.latents.step)
+    width, height = _paintable_size(request, model.latents)
     generator = torch.Generator().manual_seed(request.seed)
     scheduler = make_scheduler(request.sampler or default_sampler, model.noise_process())
     device = next(model.unet.parameters()).device
     with torch.no_grad(), evaluating(model):
         captions = [request.prompt] if scale <= 1 else [request.negative_prompt or "", request.prompt]
-        condition = model.condition(model.encode_text(captions, painting=True))
+        # as if the picture were a part of nothing larger
+        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(captions), dtype=torch.float32, device=device)
+        condition = model.condition(model.encode_text(captions, painting=True), sizes)
         # Drawn on the CPU and kept in float32, so that device and precision of the model change nothing but roundings.
         shape = (1, model.latents.channels, height // model.latents.factor, width // model.latents.factor)
         noise = torch.randn(shape, generator=generator).to(device)
-        scheduler.set_timesteps(request.sample_steps or DEFAULT_STEPS, device=device)
+        set_timesteps(scheduler, request.sample_steps or DEFAULT_STEPS, device)
         latents = _denoise(model, scheduler, noise, condition, scale, generator)
         return _to_picture(model.decode_latents(latents / model.latents.scale))
 
@@ -101,9 +101,10 @@ def _denoise(
     return latents
 
 
-def _paintable_size(request: PromptLine, default: tuple[int, int], step: int) -> tuple[int, int]:
+def _paintable_size(request: PromptLine, latents: "LatentSpec") -> tuple[int, int]:
     """The requested (width, height), rounded down to multiples of the model's step; at least one step."""
-    wanted = (request.width or default[0], request.height or default[1])
+    step = latents.step
+    wanted = (request.width or latents.default_size, request.height or latents.default_size)
     width, height = (max(side // step, 1) * step for side in wanted)
     if (width, height) != wanted:
         notice(

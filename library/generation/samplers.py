@@ -14,6 +14,7 @@ from library.errors import UserError, suggest
 from library.options.preview import SAMPLERS as NAMES
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import SchedulerMixin
 
     from library.models.noise import DDPM
@@ -74,7 +75,8 @@ def find_sampler(name: str) -> Sampler:
 
 
 def make_scheduler(name: str, process: "DDPM") -> "SchedulerMixin":
-    """The Diffusers scheduler of the sampler `name`, stepping through the very betas that `process` trains with.
+    """The Diffusers scheduler of the sampler `name`, stepping through the very betas that `process` trains with and
+    reading the denoiser's answers as `process` predicts.
 
     Schedulers hold the state of one denoising run: make a new one for each picture. Raises UserError as
     `find_sampler` does.
@@ -82,17 +84,39 @@ def make_scheduler(name: str, process: "DDPM") -> "SchedulerMixin":
     sampler = find_sampler(name)
     import diffusers
 
+    from library.models.noise import scheduler_config
+
     scheduler_class = getattr(diffusers, sampler.scheduler)
     known = inspect.signature(scheduler_class.__init__).parameters
-    config = {key: value for key, value in _STABLE_DIFFUSION.items() if key in known} | sampler.config
+    config = {**_STABLE_DIFFUSION, **sampler.config, **scheduler_config(process.prediction)}
+    if process.prediction.zero_terminal_snr and not _copes_without_signal(sampler, process, known):
+        config |= {"rescale_betas_zero_snr": False, "trained_betas": _betas_with_some_signal(process)}
     with warnings.catch_warnings():
         # Diffusers announces that it will drop the first DPM-Solver in its version 1.0; users can do nothing about it.
         warnings.simplefilter("ignore", FutureWarning)
-        return scheduler_class(
-            num_train_timesteps=process.steps,
-            beta_start=process.beta_start,
-            beta_end=process.beta_end,
-            beta_schedule=process.beta_schedule,
-            prediction_type=process.prediction_type,
-            **config,
-        )
+        return scheduler_class(**{key: value for key, value in config.items() if key in known})
+
+
+def _copes_without_signal(sampler: Sampler, process: "DDPM", known: Mapping[str, Any]) -> bool:
+    """Whether the scheduler can be told of zero terminal SNR. DDIM can, but then divides the predicted noise by 0."""
+    divides = sampler.scheduler == "DDIMScheduler" and process.prediction.kind == "epsilon"
+    return "rescale_betas_zero_snr" in known and not divides
+
+
+def _betas_with_some_signal(process: "DDPM") -> list[float]:
+    """The betas of a process with zero terminal SNR but for the last, which leaves an alpha_bar of 2**-24 and so a
+    finite sigma, 4096: as the schedulers of Diffusers that know zero terminal SNR do it."""
+    last = 1.0 - 2**-24 / float(process.alphas_cumprod[-2])
+    return [*process.betas[:-1].tolist(), last]
+
+
+def set_timesteps(scheduler: "SchedulerMixin", steps: int, device: "torch.device | str | None" = None) -> None:
+    """Ready a scheduler of `make_scheduler` for a picture of `steps` steps.
+
+    A few numbers of steps (61 is the smallest) that do not divide 1000 evenly make Diffusers' trailing steps go one
+    too far, to a timestep below 0, where a sampler would spoil the finished picture: these get one step less.
+    """
+    scheduler.set_timesteps(steps, device=device)
+    while min(scheduler.timesteps) < 0:
+        steps -= 1
+        scheduler.set_timesteps(steps, device=device)

@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,22 @@ def torch_generator(seed: int, stream: str) -> torch.Generator:
 def sample_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal noise (B, *shape), float32 on the CPU; each sample has its own generator."""
     return torch.stack([torch.randn(tuple(shape), generator=torch_generator(seed, "noise")) for seed in seeds])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a denoiser predicts, and on which schedule.
+
+    `kind` is named as Diffusers names it: "epsilon", the noise, or "v_prediction". With `zero_terminal_snr` nothing of
+    the latents is left at the last timestep. Raises ValueError for another kind.
+    """
+
+    kind: str = "epsilon"
+    zero_terminal_snr: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"there is no prediction of {self.kind!r}, only of epsilon and v_prediction")
 
 
 class NoiseProcess(ABC):
@@ -42,9 +60,18 @@ class NoiseProcess(ABC):
         """Signal-to-noise ratio (of variances) at the timesteps, (B,) float32."""
 
 
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas (steps,) whose last timestep has no signal left: the square roots of alpha_bar are shifted until the last
+    is 0, then stretched until the first is what it was (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
+    roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    first, last = roots[0], roots[-1]
+    alpha_bar = ((roots - last) * (first / (first - last))) ** 2
+    return 1.0 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
 class DDPM(NoiseProcess):
     """Denoising diffusion (Ho et al. 2020, arXiv:2006.11239) with Stable Diffusion's schedule: the square roots of the
-    betas are equally spaced ("scaled linear"). The denoiser predicts the noise.
+    betas are equally spaced ("scaled linear"). What the denoiser predicts is `prediction`'s to say.
 
     `alphas_cumprod[t]` (float32, (steps,)) is the part of the latents' variance that is left at timestep t.
     """
@@ -53,11 +80,14 @@ class DDPM(NoiseProcess):
     beta_start = 0.00085
     beta_end = 0.012
     beta_schedule = "scaled_linear"  # the name Diffusers' schedulers have for it
-    prediction_type = "epsilon"
 
-    def __init__(self) -> None:
+    def __init__(self, prediction: Prediction = Prediction()) -> None:
+        self.prediction = prediction
+        self.prediction_type = prediction.kind
         betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float32) ** 2
-        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        self.betas = zero_terminal_snr(betas) if prediction.zero_terminal_snr else betas
+        # From the betas in either case, as Diffusers' schedulers do: so previews step through the very same numbers.
+        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
         self._by_device = {self.alphas_cumprod.device: self.alphas_cumprod}
 
     def _alpha_bar(self, timesteps: Tensor) -> Tensor:
@@ -78,10 +108,33 @@ class DDPM(NoiseProcess):
         return alpha_bar.sqrt().to(latents.dtype) * latents + (1.0 - alpha_bar).sqrt().to(latents.dtype) * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise itself."""
-        return noise
+        """The noise itself, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) latents (Salimans and Ho 2022,
+        arXiv:2202.00512), in the latents' dtype."""
+        if self.prediction.kind == "epsilon":
+            return noise
+        alpha_bar = self._alpha_bar(timesteps).view(-1, 1, 1, 1)
+        return alpha_bar.sqrt().to(latents.dtype) * noise - (1.0 - alpha_bar).sqrt().to(latents.dtype) * latents
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """alpha_bar / (1 - alpha_bar)."""
         alpha_bar = self._alpha_bar(timesteps)
         return alpha_bar / (1.0 - alpha_bar)
+
+
+def scheduler_config(prediction: Prediction) -> dict[str, Any]:
+    """The part of a Diffusers scheduler's configuration that follows from the process, for previews and for models
+    in Diffusers' layout. Some schedulers know nothing of the entries that zero terminal SNR adds."""
+    config: dict[str, Any] = {
+        "num_train_timesteps": DDPM.steps,
+        "beta_start": DDPM.beta_start,
+        "beta_end": DDPM.beta_end,
+        "beta_schedule": DDPM.beta_schedule,
+        "prediction_type": prediction.kind,
+    }
+    if prediction.zero_terminal_snr:
+        config["rescale_betas_zero_snr"] = True
+        # Only v says anything of the picture where no signal is left. So only with v do the steps begin at the very
+        # last timestep; from predicted noise there, an error of a hundredth would become one of forty.
+        if prediction.kind == "v_prediction":
+            config["timestep_spacing"] = "trailing"
+    return config
