@@ -4,8 +4,8 @@ Each adapted layer computes ``W x + multiplier * alpha / rank * up(down(x))``; o
 
 This file stands alone: copied out of the project it needs torch and safetensors, and works on the modules of a
 Diffusers pipeline. A layer is named by its path in the model, dots turned into underscores, after ``lora_unet_``,
-``lora_te_`` or, with two text encoders, ``lora_te1_`` and ``lora_te2_``. Callers hand in trees whose paths are the
-names they want.
+``lora_te_`` or, with two text encoders, ``lora_te1_`` and ``lora_te2_``. The U-Net of SDXL is the exception: its names
+are those of the original layout, whether the U-Net is handed in as Diffusers builds it or as a tree with these names.
 """
 
 import json
@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +26,12 @@ logger = logging.getLogger(__name__)
 
 TextEncoders = nn.Module | Sequence[nn.Module] | None
 StrPath = str | os.PathLike[str]
+T = TypeVar("T")
 
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 UNET_PREFIX = "lora_unet"
+TEXT_ENCODER_PREFIX = "lora_te"
 # A new network adapts the layers inside modules of these classes; one made from a file adapts whatever the file names.
 TEXT_ENCODER_TARGETS = frozenset({"CLIPAttention", "CLIPMLP"})
 UNET_TARGETS = frozenset({"Transformer2DModel"})
@@ -113,8 +115,12 @@ class LoRAModule(nn.Module):
 class LoRANetwork(nn.Module):
     """All branches of a model, registered under their names: `state_dict()` has exactly the keys of a LoRA file."""
 
-    def __init__(self, loras: Iterable[LoRAModule], multiplier: float = 1.0) -> None:
+    def __init__(
+        self, loras: Iterable[LoRAModule], multiplier: float = 1.0, spellings: Mapping[str, str] | None = None
+    ) -> None:
+        """`spellings`: beginnings of names that a file may have for the model -> those of this network."""
         super().__init__()
+        self.spellings = dict(spellings or {})
         for lora in loras:
             self.add_module(lora.lora_name, lora)
         self.set_multiplier(multiplier)
@@ -169,7 +175,7 @@ class LoRANetwork(nn.Module):
         the weights keep their dtype, device and memory. Raises ValueError as `create_network_from_weights` does.
         """
         layers = find_layers(text_encoder, unet)
-        weights_sd = select_weights(weights_sd, layers)
+        weights_sd = select_weights(_respelled(weights_sd, _sdxl_spellings(unet)), layers)
         for name in _lora_names(weights_sd):
             weight = layers[name].weight
             device_of_sum = weight.device if device is None else device
@@ -183,7 +189,7 @@ class LoRANetwork(nn.Module):
 
     def load_weights(self, file: StrPath) -> None:
         """Loads a LoRA file into the network. Raises ValueError if it does not fit; a partial fit is logged."""
-        weights_sd = _with_alphas(read_weights(file))
+        weights_sd = _with_alphas(_respelled(read_weights(file), self.spellings))
         own = self.state_dict()
         shared = own.keys() & weights_sd.keys()
         if not shared:
@@ -222,11 +228,28 @@ class LoRANetwork(nn.Module):
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups and their names. A rate of None means `default_lr`; a part whose rate is 0 gets no group."""
+        return self.prepare_optimizer_params_with_multiple_te_lrs([text_encoder_lr], unet_lr, default_lr)
+
+    def prepare_optimizer_params_with_multiple_te_lrs(
+        self, text_encoder_lrs: Sequence[float | None] | None, unet_lr: float | None, default_lr: float
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """As `prepare_optimizer_params`, with a rate for each text encoder; the last one counts for all further ones.
+
+        The groups are called text_encoder or, with several, text_encoder_1, text_encoder_2 ..., and unet.
+        """
+        rates = list(text_encoder_lrs or [None])
+        encoders: dict[str, list[LoRAModule]] = {}
+        for lora in self.text_encoder_loras:
+            number = lora.lora_name.removeprefix(TEXT_ENCODER_PREFIX).partition("_")[0]
+            encoders.setdefault(number, []).append(lora)
+        parts = []
+        for number, loras in encoders.items():
+            index = int(number or 1) - 1
+            name = f"text_encoder_{number}" if number else "text_encoder"
+            parts.append((name, loras, rates[min(index, len(rates) - 1)]))
+        parts.append(("unet", self.unet_loras, unet_lr))
         groups, names = [], []
-        for name, loras, lr in (
-            ("text_encoder", self.text_encoder_loras, text_encoder_lr),
-            ("unet", self.unet_loras, unet_lr),
-        ):
+        for name, loras, lr in parts:
             lr = default_lr if lr is None else lr
             if loras and lr:
                 groups.append({"params": [p for lora in loras for p in lora.parameters()], "lr": lr})
@@ -273,7 +296,7 @@ def create_network(
     ]
     if not loras:
         raise ValueError("found no attention or feed-forward layer to adapt in the text encoder and the U-Net")
-    return LoRANetwork(loras, multiplier)
+    return LoRANetwork(loras, multiplier, _sdxl_spellings(unet))
 
 
 def create_network_from_weights(
@@ -288,13 +311,15 @@ def create_network_from_weights(
 ) -> tuple[LoRANetwork, dict[str, Tensor]]:
     """A network with the modules, ranks and alphas of a LoRA file, or of `weights_sd`, which is then used instead.
 
-    Returns it with the weights that belong to it; they are not loaded yet: `apply_to`, then `load_state_dict`. Keys
-    that fit no layer are logged and left out. `for_inference` makes a frozen network in evaluation mode. Raises
-    ValueError if nothing fits or a shape is that of another kind of model.
+    Returns it with the weights that belong to it, under its own names; they are not loaded yet: `apply_to`, then
+    `load_state_dict`. Keys that fit no layer are logged and left out. `for_inference` makes a frozen network in
+    evaluation mode. Raises ValueError if nothing fits or a shape is that of another kind of model.
     """
     dropout = _dropout(network_args, None)
     layers = find_layers(text_encoder, unet)
-    weights_sd = select_weights(read_weights(file) if weights_sd is None else weights_sd, layers)
+    spellings = _sdxl_spellings(unet)
+    weights_sd = _respelled(read_weights(file) if weights_sd is None else weights_sd, spellings)
+    weights_sd = select_weights(weights_sd, layers)
     loras = [
         LoRAModule(
             name,
@@ -306,7 +331,7 @@ def create_network_from_weights(
         )
         for name in _lora_names(weights_sd)
     ]
-    network = LoRANetwork(loras, multiplier)
+    network = LoRANetwork(loras, multiplier, spellings)
     if for_inference:
         network.eval().requires_grad_(False)
     return network, weights_sd
@@ -324,13 +349,13 @@ def find_layers(
     encoders = list(text_encoder) if several else [text_encoder]
     for number, encoder in enumerate(encoders, start=1):
         if encoder is not None:
-            prefix = f"lora_te{number}_" if len(encoders) > 1 else "lora_te_"
+            prefix = f"{TEXT_ENCODER_PREFIX}{number}_" if len(encoders) > 1 else f"{TEXT_ENCODER_PREFIX}_"
             # transformers 5 took the text_model level out of CLIPTextModel; in LoRA files it is part of the name.
             if not any(name == "text_model" for name, _ in encoder.named_children()):
                 prefix += "text_model_"
             layers |= _layers_within(encoder, prefix, text_encoder_targets)
     if unet is not None:
-        layers |= _layers_within(unet, f"{UNET_PREFIX}_", unet_targets)
+        layers |= _respelled(_layers_within(unet, f"{UNET_PREFIX}_", unet_targets), _sdxl_spellings(unet))
     return layers
 
 
@@ -345,6 +370,83 @@ def _layers_within(root: nn.Module, prefix: str, targets: Collection[str] | None
         for path, layer in scope.named_modules(prefix=scope_path)
         if isinstance(layer, nn.Linear | nn.Conv2d)
     }
+
+
+# The original layout's names for the U-Net of SDXL, whose blocks it numbers through all levels.
+_SDXL_ENDS = (
+    ("conv_in", "input_blocks_0_0"),
+    ("time_embedding_linear_1", "time_embed_0"),
+    ("time_embedding_linear_2", "time_embed_2"),
+    ("add_embedding_linear_1", "label_emb_0_0"),
+    ("add_embedding_linear_2", "label_emb_0_2"),
+    ("conv_out", "out_2"),
+)
+_SDXL_RESNET = (
+    ("conv1", "in_layers_2"),
+    ("time_emb_proj", "emb_layers_1"),
+    ("conv2", "out_layers_3"),
+    ("conv_shortcut", "skip_connection"),
+)
+
+
+def _sdxl_spellings(unet: nn.Module | None) -> dict[str, str]:
+    """How Diffusers' names begin -> how the original ones do, for an SDXL U-Net with either; {} for other models."""
+    if not hasattr(unet, "add_embedding") and not hasattr(unet, "input_blocks"):
+        return {}
+    resnets = [("mid_block_resnets_0", "middle_block_0"), ("mid_block_resnets_1", "middle_block_2")]
+    parts = [*_SDXL_ENDS, ("mid_block_attentions_0", "middle_block_1")]
+    for half, blocks, number in (("down", "input_blocks", 1), ("up", "output_blocks", 0)):
+        for index, (attentions, has_sampler) in enumerate(_sdxl_levels(unet, half)):
+            level = f"{half}_blocks_{index}"
+            for layer, has_attention in enumerate(attentions):
+                resnets.append((f"{level}_resnets_{layer}", f"{blocks}_{number}_0"))
+                if has_attention:
+                    parts.append((f"{level}_attentions_{layer}", f"{blocks}_{number}_1"))
+                number += 1
+            if has_sampler and half == "down":  # a block of its own
+                parts.append((f"{level}_downsamplers_0_conv", f"{blocks}_{number}_0_op"))
+                number += 1
+            elif has_sampler:  # the end of the level's last block
+                parts.append((f"{level}_upsamplers_0_conv", f"{blocks}_{number - 1}_{1 + has_attention}_conv"))
+    for diffusers, original in resnets:
+        parts += [(f"{diffusers}_{theirs}", f"{original}_{own}") for theirs, own in _SDXL_RESNET]
+    return {f"{UNET_PREFIX}_{diffusers}": f"{UNET_PREFIX}_{original}" for diffusers, original in parts}
+
+
+def _sdxl_levels(unet: nn.Module, half: str) -> list[tuple[list[bool], bool]]:
+    """The levels of a half, "down" or "up": whether each of its ResNets has an attention, whether a sampler ends it."""
+    if hasattr(unet, "add_embedding"):
+        return [
+            ([hasattr(level, "attentions")] * len(level.resnets), getattr(level, f"{half}samplers") is not None)
+            for level in getattr(unet, f"{half}_blocks")
+        ]
+    levels: list[tuple[list[bool], bool]] = []
+    attentions: list[bool] = []
+    blocks = dict((unet.input_blocks if half == "down" else unet.output_blocks).named_children())
+    for number in sorted(blocks, key=int):
+        contents = {name for part in blocks[number].children() for name, _ in part.named_children()}
+        if "in_layers" in contents:
+            attentions.append("transformer_blocks" in contents)
+        if contents & {"op", "conv"}:  # the convolution of a down- or upsampler
+            levels.append((attentions, True))
+            attentions = []
+    return [*levels, (attentions, False)]
+
+
+def _respelled(by_key: Mapping[str, T], spellings: Mapping[str, str]) -> dict[str, T]:
+    """`by_key` with the network's layer names. Its keys are names alone, or those of a file: <name>.<tensor>."""
+    respelled: dict[str, T] = {}
+    for key, value in by_key.items():
+        name, dot, part = key.partition(".")
+        head = name
+        while head and head not in spellings:
+            head = head.rpartition("_")[0]
+        own_name = spellings[head] + name[len(head) :] if head else name
+        own_key = own_name + dot + part
+        if own_key in respelled:
+            raise ValueError(f"the LoRA has two tensors for {own_key}, under the names of two layouts")
+        respelled[own_key] = value
+    return respelled
 
 
 def read_weights(file: StrPath) -> dict[str, Tensor]:

@@ -1,8 +1,11 @@
 """Small stand-ins for the models that a LoRA is made for."""
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
+from library.models.sgm_keys import UNET_PREFIX, unet_key_map
+from library.models.views import original_view
 from networks.lora import LoRAModule, LoRANetwork, create_network
 
 
@@ -44,3 +47,13 @@ def small_network(model: nn.Module, **arguments: object) -> LoRANetwork:
 def expected_weight(weight: torch.Tensor, lora: LoRAModule, multiplier: float) -> torch.Tensor:
     product = lora.lora_up.weight.double().flatten(1) @ lora.lora_down.weight.double().flatten(1)
     return weight.double() + multiplier * lora.alpha.item() / lora.lora_dim * product.view(weight.shape)
+
+
+def original_name(unet: UNet2DConditionModel, path: str) -> str:
+    """The original layout's path of the module that Diffusers calls `path`."""
+    return unet_key_map(unet.config).original(f"{path}.weight").removeprefix(UNET_PREFIX).removesuffix(".weight")
+
+
+def original_tree(unet: UNet2DConditionModel) -> nn.Module:
+    """The U-Net as the trainer hands it to networks for SDXL."""
+    return original_view(unet, unet_key_map(unet.config))

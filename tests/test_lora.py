@@ -1,52 +1,15 @@
 """networks/lora.py: names, arithmetic, precision, parameter groups."""
 
-import csv
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from networks.lora import create_network, create_network_from_weights
 from tests.lora_models import expected_weight, small_network, text_model, unet
 
-SD1_KEYS = Path(__file__).parent / "data" / "lora_keys" / "sd1.tsv"
-
 # Names
-
-
-def published_shapes() -> dict[str, str]:
-    with SD1_KEYS.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.reader(stream, delimiter="\t"))[1:]
-    shapes = {}
-    for name, down, up, _block in rows:
-        shapes |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": ""}
-    return shapes
-
-
-@pytest.fixture(scope="module")
-def sd15() -> tuple[nn.Module, nn.Module]:
-    """Text encoder and U-Net of SD 1.5 at full size, without weights."""
-    text_config = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
-    )
-    with torch.device("meta"):
-        return CLIPTextModel(text_config), UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-
-
-@pytest.mark.parametrize("with_text_model_level", [False, True])
-def test_names_and_shapes_are_the_published_ones(sd15, with_text_model_level):
-    text_encoder, full_unet = sd15
-    if with_text_model_level:
-        text_encoder = nn.ModuleDict({"text_model": text_encoder})
-    network = create_network(1.0, 4, 1.0, None, text_encoder, full_unet)
-    shapes = {key: "x".join(map(str, tensor.shape)) for key, tensor in network.state_dict().items()}
-    assert shapes == published_shapes()
-    assert len(network.text_encoder_loras) == 72
-    assert len(network.unet_loras) == 192
 
 
 @pytest.mark.parametrize("container", [list, nn.ModuleList])
@@ -265,3 +228,32 @@ def test_parameter_groups(text_encoder_lr, unet_lr, expected):
     torch.optim.AdamW(groups)
     counts = {"text_encoder": 2, "unet": 4}
     assert [len(group["params"]) for group in groups] == [counts[name] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("text_encoder_lrs", "expected"),
+    [
+        (None, {"text_encoder_1": 1e-3, "text_encoder_2": 1e-3, "unet": 2e-4}),
+        ([], {"text_encoder_1": 1e-3, "text_encoder_2": 1e-3, "unet": 2e-4}),
+        ([1e-5], {"text_encoder_1": 1e-5, "text_encoder_2": 1e-5, "unet": 2e-4}),
+        ([1e-5, 3e-5], {"text_encoder_1": 1e-5, "text_encoder_2": 3e-5, "unet": 2e-4}),
+        ([1e-5, None], {"text_encoder_1": 1e-5, "text_encoder_2": 1e-3, "unet": 2e-4}),
+        ([0, 3e-5], {"text_encoder_2": 3e-5, "unet": 2e-4}),
+        ([1e-5, 0], {"text_encoder_1": 1e-5, "unet": 2e-4}),
+        ([0], {"unet": 2e-4}),
+    ],
+)
+def test_each_text_encoder_has_its_own_rate(text_encoder_lrs, expected):
+    network = small_network(unet(), text_encoder=[text_model(), text_model()])
+    groups, names = network.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lrs, 2e-4, 1e-3)
+    assert list(zip(names, (group["lr"] for group in groups), strict=True)) == list(expected.items())
+    own = {f"text_encoder_{i}": network.get_submodule(f"lora_te{i}_text_model_mlp_fc1") for i in (1, 2)}
+    for name, group in zip(names, groups, strict=True):
+        if name in own:
+            assert [id(p) for p in group["params"]] == [id(p) for p in own[name].parameters()]
+
+
+def test_single_text_encoder_takes_the_first_of_several_rates():
+    network = small_network(unet(), text_encoder=text_model())
+    groups, names = network.prepare_optimizer_params_with_multiple_te_lrs([1e-5, 3e-5], 0, 1e-3)
+    assert (names, [group["lr"] for group in groups]) == (["text_encoder"], [1e-5])
