@@ -1,21 +1,11 @@
-"""Trains a network (LoRA or a relative) beside a Stable Diffusion model."""
+"""Trains a network (LoRA or a relative) beside a Stable Diffusion 1.x or 2.x model."""
 
-from library import cli, console, options
-
-GROUPS = (options.NetworkOptions, *options.TRAINING)
+from library import cli
+from library.training.entry import train_network
 
 
 def main() -> None:
-    console.setup(None)
-    settings = cli.parse(GROUPS, description=__doc__)
-    from library.training import preflight
-
-    plans = preflight.check(settings, trains_text_encoder=settings[options.NetworkOptions].trains_text_encoder)
-    with console.quiet_dependencies():
-        from library.training.launch import launch
-        from library.training.methods.network import NetworkMethod
-    method = NetworkMethod(settings[options.NetworkOptions], settings[options.OptimizerOptions])
-    launch(settings, plans, method)
+    train_network(__doc__, sdxl=False, counterpart="sdxl_train_network.py")
 
 
 if __name__ == "__main__":

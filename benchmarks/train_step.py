@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.sd15 import SD15
+from tests.full_size import SD15
 
 # torch is imported by the workers alone: a process inherits the memory peak of the one that starts it.
 if TYPE_CHECKING:

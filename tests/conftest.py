@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from library import cli, console
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Flags = Callable[..., list[str]]
-Train = Callable[[Sequence[str]], None]
+Train = Callable[..., None]
 
 
 @pytest.fixture
@@ -43,13 +44,23 @@ def said(monkeypatch) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def model_file(tmp_path_factory) -> Path:
-    """A model for sizes that are multiples of 4. Not to be written to, as all that lasts a session."""
+def model_files(tmp_path_factory) -> Callable[[str], Path]:
+    """`model_files(family)`: a model for sizes that are multiples of 4, written when it is first asked for. Not to be
+    written to, as all that lasts a session.
+    """
     from tests import tiny
 
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    tiny.save_model(path)
-    return path
+    @cache
+    def make(family: str) -> Path:
+        return tiny.save_model(tmp_path_factory.mktemp(family) / "tiny.safetensors", family)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_file(model_files) -> Path:
+    """The same of Stable Diffusion 1.x."""
+    return model_files("sd1")
 
 
 @pytest.fixture(scope="session")
@@ -94,19 +105,23 @@ def flags(model_file, pictures) -> Flags:
 
 @pytest.fixture
 def train(monkeypatch, fresh_console) -> Iterator[Train]:
-    """`train(words)`: train_network.py in this process, on the CPU; mistakes are SystemExit with code 2."""
+    """`train(words)`: train_network.py in this process, on the CPU; mistakes are SystemExit with code 2. With `sdxl` it
+    is sdxl_train_network.py.
+    """
     from accelerate.state import AcceleratorState, GradientState
 
+    import sdxl_train_network
     import train_network
 
     def forget() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
-    def run(words: Sequence[str]) -> None:
+    def run(words: Sequence[str], sdxl: bool = False) -> None:
         forget()
-        monkeypatch.setattr(sys, "argv", ["train_network.py", *words])
-        cli.run(train_network.main)
+        script = sdxl_train_network if sdxl else train_network
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
+        cli.run(script.main)
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield run

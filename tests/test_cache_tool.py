@@ -7,12 +7,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from library import cli
-from library.models.registry import ModelInfo, inspect_model
+from library.models.registry import ModelInfo, inspect_model, load_model
 from tests import tiny
 from tests.pictures import picture
 from tests.processes import ACCELERATE, ROOT, run
@@ -126,7 +128,8 @@ def test_the_latents_are_those_of_training(words, data, tool, flags, train, tmp_
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        (["--sdxl"], "--sdxl: SDXL models are not supported"),
+        (["--flux"], "--flux: FLUX models are not supported"),
+        (["--sdxl"], "is a Stable Diffusion 1.x model: drop --sdxl"),
         (["--color_aug"], "color_aug"),
         (["--resolution", "30"], "multiples of 4"),
         (["--skip_exist"], "did you mean --skip_existing"),
@@ -138,6 +141,27 @@ def test_mistakes_are_one_sentence(words, data, tool, extra, sentence, capfd):
     assert end.value.code == 2
     assert sentence in capfd.readouterr().err
     assert not files(data)
+
+
+@pytest.mark.parametrize(
+    ("family", "extra", "suffix"),
+    [("sd2", ["--v2"], "_sd.npz"), ("sdxl", [], "_sdxl.npz"), ("sdxl", ["--sdxl"], "_sdxl.npz")],
+)
+def test_every_familys_files_have_their_names_and_are_its_own(
+    words, data, tool, model_files, capfd, family, extra, suffix
+):
+    tool(*words, "--pretrained_model_name_or_path", str(model_files(family)), *extra)
+    assert "7 files written, 0 valid already, 0 failed" in capfd.readouterr().out
+    assert {path.name for path in data.glob("*/*.npz")} == {f"32_{number}_0032x0032{suffix}" for number in range(7)}
+    model = load_model(model_files(family))
+    image = np.asarray(Image.open(data / "1_sks shape" / "32_3.png").convert("RGB"))
+    pixels = torch.from_numpy(image / 127.5 - 1).float().permute(2, 0, 1)[None]
+    with torch.no_grad(), np.load(data / "1_sks shape" / f"32_3_0032x0032{suffix}") as file:
+        posterior = model.vae.encode(pixels).latent_dist
+        # unscaled, drawn from the posterior
+        deviation = (torch.from_numpy(file["latents"])[None] - posterior.mean) / posterior.std
+    assert deviation.abs().max() < 6
+    assert 0.8 < deviation.std() < 1.2
 
 
 def test_the_fingerprint_is_that_of_the_encoder_and_not_of_the_file(model_file, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from library.models.checkpoint import Hashes, hash_file, hash_tensors
+from library.models.files.checkpoint import Hashes, hash_file, hash_tensors
 from library.models.metadata import (
     BaseModel,
     RunFacts,
@@ -13,6 +13,7 @@ from library.models.metadata import (
     network_hashes,
     network_metadata,
 )
+from library.models.noise import Prediction
 
 SETTINGS = {
     "gradient_accumulation_steps": 1,
@@ -48,7 +49,7 @@ DATA = {
     "ss_tag_frequency": {"10_sks dog": {"sks dog": 8, "blue sky": 8}},
 }
 RUN = RunFacts(
-    base=BaseModel("sd15.safetensors", "sd_v1", "stable-diffusion-v1", "epsilon", Hashes("ab" * 32, "c6406a4c")),
+    base=BaseModel("sd15.safetensors", "sd_v1", "stable-diffusion-v1", Prediction(), Hashes("ab" * 32, "c6406a4c")),
     datasets=DATA,
     resolution=(64, 64),
     optimizer="torch.optim.adamw.AdamW",
@@ -150,6 +151,25 @@ def test_descriptions_come_from_their_flags():
 def test_a_base_model_without_hashes():
     run = dataclasses.replace(RUN, base=dataclasses.replace(RUN.base, hashes=None))
     assert not {"ss_sd_model_hash", "ss_new_sd_model_hash"} & network_metadata(SETTINGS, run).keys()
+
+
+def test_v_prediction_is_written_as_modelspec_names_it():
+    assert modelspec(SETTINGS, RUN)["modelspec.prediction_type"] == "epsilon"
+    run = dataclasses.replace(RUN, base=dataclasses.replace(RUN.base, prediction=Prediction("v_prediction")))
+    assert modelspec(SETTINGS, run)["modelspec.prediction_type"] == "v"
+
+
+def test_another_autoencoder_is_written_by_name_and_hashes():
+    base = dataclasses.replace(RUN.base, vae="better.safetensors", vae_hashes=Hashes("cd" * 32, "12345678"))
+    metadata = network_metadata(SETTINGS, dataclasses.replace(RUN, base=base))
+    told = {name: value for name, value in metadata.items() if "vae" in name}
+    assert told == {
+        "ss_vae_name": "better.safetensors",
+        "ss_vae_hash": "12345678",
+        "ss_new_vae_hash": "cd" * 32,
+    }
+    folder = dataclasses.replace(RUN, base=dataclasses.replace(base, vae_hashes=None))
+    assert "ss_vae_hash" not in network_metadata(SETTINGS, folder)
 
 
 def test_network_hashes_are_those_of_the_file_with_its_training_metadata_alone(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.models.family import Family
+from library.models import loading
 from library.training.objective import squared_error
 from networks.lora import LoRANetwork
 from tests import tiny
@@ -110,7 +110,7 @@ def test_the_dataset_sheet_needs_no_weights(train, words, tmp_path, monkeypatch,
     def load(*_, **__):
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr(Family, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     train(words(debug_dataset=True))
     page = tmp_path / "out" / "run_dataset" / "index.html"
     assert str(page) in capsys.readouterr().out

@@ -10,7 +10,9 @@ from library.generation import paint as paint_module
 from library.generation.paint import evaluating, paint
 from library.generation.prompts import PromptLine
 from library.generation.samplers import SAMPLERS, make_scheduler
+from library.models.noise import Prediction
 from library.models.sd import StableDiffusion1
+from tests import tiny
 from tests.pipelines import picture_of, pipeline_of, pixels
 from tests.tiny import CLIP, UNET
 
@@ -42,6 +44,27 @@ def test_pictures_equal_those_of_diffusers(model, sampler):
     assert np.abs(ours - theirs).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("family", "prediction"),
+    [
+        ("sd2", Prediction()),
+        ("sd2", Prediction("v_prediction")),
+        ("sd2", Prediction("v_prediction", zero_terminal_snr=True)),
+        ("sdxl", Prediction()),
+        ("sdxl", Prediction("v_prediction")),
+    ],
+)
+def test_pictures_of_every_family_equal_those_of_diffusers(family, prediction):
+    """Captions read by their encoders, sizes where they are told, and what the denoiser predicts."""
+    model = tiny.make_model(family, vae_config=VAE)
+    model.prediction = prediction
+    for request in (REQUEST, dataclasses.replace(REQUEST, negative_prompt=None, scale=1.0)):
+        ours = pixels(paint(model, request))
+        theirs = picture_of(pipeline_of(model, make_scheduler("ddim", model.noise_process())), request)
+        assert ours.std() > 1
+        assert np.abs(ours - theirs).max() <= 1
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_without_guidance(model, scale):
     request = dataclasses.replace(REQUEST, scale=scale)
@@ -61,9 +84,10 @@ def test_the_request_decides_the_picture(model):
 
 def test_what_is_left_open(model, monkeypatch):
     monkeypatch.setattr(paint_module, "DEFAULT_STEPS", 4)
+    monkeypatch.setattr(model, "latents", dataclasses.replace(model.latents, default_size=24))
     short = PromptLine("a red circle", seed=7, sampler="euler_a")
-    full = PromptLine("a red circle", "", 16, 24, 7, 7.5, 4, "euler_a")
-    ours = paint(model, short, default_sampler="no such sampler", default_size=(16, 24))
+    full = PromptLine("a red circle", "", 24, 24, 7, 7.5, 4, "euler_a")
+    ours = paint(model, short, default_sampler="no such sampler")
     assert np.array_equal(pixels(ours), pixels(paint(model, full)))
 
 

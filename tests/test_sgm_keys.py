@@ -1,9 +1,17 @@
+"""The names and shapes of the published files, and the architectures read off them."""
+
+from copy import copy
+from functools import cache
+
 import pytest
 import torch
 
-from library.models import sgm_keys
+from library.models import architecture, sgm_keys
+from library.models.family import Family
+from library.models.registry import FAMILIES
 from library.models.sd import StableDiffusion1
-from tests.sd15 import SD15
+from tests import tiny
+from tests.full_size import CONFIGS, SD15
 
 # Names and shapes of the published Stable Diffusion 1.5 file.
 PUBLISHED = {
@@ -47,38 +55,132 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture(scope="module")
-def sd15() -> StableDiffusion1:
+# And of Stable Diffusion 2.1 and SDXL, where they are built in another way.
+PUBLISHED_V2 = {
+    "model.diffusion_model.input_blocks.1.1.proj_in.weight": (320, 320),
+    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+    "model.diffusion_model.output_blocks.11.1.proj_out.weight": (320, 320),
+    "first_stage_model.encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+    "cond_stage_model.model.token_embedding.weight": (49408, 1024),
+    "cond_stage_model.model.positional_embedding": (77, 1024),
+    "cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight": (3072, 1024),
+    "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_bias": (3072,),
+    "cond_stage_model.model.transformer.resblocks.0.attn.out_proj.weight": (1024, 1024),
+    "cond_stage_model.model.transformer.resblocks.0.ln_1.weight": (1024,),
+    "cond_stage_model.model.transformer.resblocks.0.mlp.c_fc.weight": (4096, 1024),
+    "cond_stage_model.model.transformer.resblocks.0.mlp.c_proj.weight": (1024, 4096),
+    "cond_stage_model.model.ln_final.bias": (1024,),
+}
+PUBLISHED_XL = {
+    "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
+    "model.diffusion_model.label_emb.0.2.weight": (1280, 1280),
+    "model.diffusion_model.input_blocks.3.0.op.weight": (320, 320, 3, 3),
+    "model.diffusion_model.input_blocks.4.1.proj_in.weight": (640, 640),
+    "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight": (640, 2048),
+    "model.diffusion_model.input_blocks.8.1.transformer_blocks.9.norm1.weight": (1280,),
+    "model.diffusion_model.middle_block.1.transformer_blocks.9.ff.net.0.proj.weight": (10240, 1280),
+    "model.diffusion_model.output_blocks.2.2.conv.weight": (1280, 1280, 3, 3),
+    "model.diffusion_model.output_blocks.5.2.conv.weight": (640, 640, 3, 3),
+    "model.diffusion_model.output_blocks.8.0.skip_connection.weight": (320, 640, 1, 1),
+    "conditioner.embedders.0.transformer.text_model.encoder.layers.11.mlp.fc1.weight": (3072, 768),
+    "conditioner.embedders.1.model.token_embedding.weight": (49408, 1280),
+    "conditioner.embedders.1.model.positional_embedding": (77, 1280),
+    "conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight": (3840, 1280),
+    "conditioner.embedders.1.model.text_projection": (1280, 1280),
+    "conditioner.embedders.1.model.ln_final.weight": (1280,),
+}
+
+
+@cache
+def full_size(name: str) -> Family:
+    kind = next(kind for kind in FAMILIES if kind.name == name)
     with torch.device("meta"):
-        return StableDiffusion1.from_configs(**SD15)
+        return kind.from_configs(**CONFIGS[name])
+
+
+@pytest.fixture(scope="module")
+def sd15() -> Family:
+    return full_size("sd1")
+
+
+def shapes_of(model: Family) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.tensors().outlines().items()}
 
 
 @pytest.fixture(scope="module")
 def shapes(sd15) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in sd15.tensors().items()}
+    return shapes_of(sd15)
 
 
-def test_real_size_has_the_published_names_and_shapes(shapes):
-    assert {name: shapes.get(name) for name in PUBLISHED} == PUBLISHED
+@pytest.mark.parametrize(("name", "published"), [("sd1", PUBLISHED), ("sd2", PUBLISHED_V2), ("sdxl", PUBLISHED_XL)])
+def test_real_size_has_the_published_names_and_shapes(name, published):
+    shapes = shapes_of(full_size(name))
+    assert {name: shapes.get(name) for name in published} == published
 
 
 @pytest.mark.parametrize(
-    ("prefix", "count"),
-    [(sgm_keys.UNET_PREFIX, 686), (sgm_keys.VAE_PREFIX, 248), (sgm_keys.CLIP_PREFIX, 196)],
+    ("name", "counts"),
+    [
+        ("sd1", {sgm_keys.UNET_PREFIX: 686, sgm_keys.VAE_PREFIX: 248, sgm_keys.CLIP_PREFIX: 196}),
+        # but for its last layer of 12 tensors, the projection and the scale, which are carried
+        ("sd2", {sgm_keys.UNET_PREFIX: 686, sgm_keys.VAE_PREFIX: 248, sgm_keys.OPEN_CLIP_PREFIX: 294 - 14}),
+        (
+            "sdxl",
+            {
+                sgm_keys.UNET_PREFIX: 1680,
+                sgm_keys.VAE_PREFIX: 248,
+                # but for the position ids and the scale
+                sgm_keys.SDXL_CLIP_PREFIX: 197 - 1,
+                sgm_keys.SDXL_OPEN_CLIP_PREFIX: 390 - 1,
+            },
+        ),
+    ],
 )
-def test_real_size_has_the_published_number_of_tensors(shapes, prefix, count):
-    assert sum(name.startswith(prefix) for name in shapes) == count
+def test_real_size_has_the_published_number_of_tensors(name, counts):
+    names = full_size(name).tensors()
+    assert {prefix: sum(name.startswith(prefix) for name in names) for prefix in counts} == counts
+    assert len(names) == sum(counts.values())
 
 
-def test_every_name_has_an_original_of_its_own(sd15):
-    for module, names in sd15.parts():
-        ours = list(module.state_dict())
-        assert len({names.original(name) for name in ours}) == len(ours)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tensor_has_one_place(name):
+    for module, names in full_size(name).components().values():
+        ours = module.state_dict()
+        held = [name for place in names.places(ours) for name in place.names]
+        assert sorted(held) == sorted(ours)
 
 
-@pytest.mark.parametrize("part", ["unet_config", "vae_config", "clip_config"])
-def test_configuration_is_read_off_the_shapes(shapes, part):
-    assert getattr(sgm_keys, part)(shapes) == SD15[part]
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outlines_are_those_of_the_tensors(name):
+    tensors = full_size(name).tensors()
+    assert all(outline.shape == tensors[key].shape for key, outline in tensors.outlines().items())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_model_is_built_from_the_shapes_alone(name):
+    """Every configuration that can be read off, is; heads are as wide as everywhere in the family."""
+    model = full_size(name)
+    if name == "sd2":
+        model = unused_layer(model)
+    with torch.device("meta"):
+        built = type(model).build(shapes_of(model), {})
+    configs = {part: module.config for part, (module, _) in built.components().items()}
+    for wanted, part in zip(CONFIGS[name].values(), built.components(), strict=True):
+        got = configs[part] if isinstance(configs[part], dict) else configs[part].to_dict()
+        assert {key: got[key] for key in wanted} == wanted
+
+
+def unused_layer(model: Family) -> Family:
+    """The same with the text layer that is in the file and not in the model."""
+    model = copy(model)
+    model.carried = tiny.unused_text_layer(model)
+    return model
+
+
+def test_configurations_win_over_the_shapes(shapes):
+    with torch.device("meta"):
+        built = type(full_size("sd1")).build(shapes, {"unet": {"attention_head_dim": (5, 10, 20, 20)}})
+    assert built.unet.config.attention_head_dim == (5, 10, 20, 20)
 
 
 def test_depth_and_linear_projections_are_read_off_the_shapes():
@@ -88,18 +190,18 @@ def test_depth_and_linear_projections_are_read_off_the_shapes():
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "cross_attention_dim": 48,
-        "transformer_layers_per_block": 3,
+        "transformer_layers_per_block": (1, 3),  # 1 where there is no attention and it makes no difference
         "use_linear_projection": True,
     }
     with torch.device("meta"):
         model = StableDiffusion1.from_configs(wanted, SD15["vae_config"], SD15["clip_config"])
-    assert sgm_keys.unet_config({name: tuple(tensor.shape) for name, tensor in model.tensors().items()}) == wanted
+    assert architecture.unet_config(shapes_of(model)) == wanted
 
 
 def test_missing_tensor_is_named(shapes):
     name = "model.diffusion_model.out.2.weight"
     with pytest.raises(KeyError, match=name):
-        sgm_keys.unet_config({key: shape for key, shape in shapes.items() if key != name})
+        architecture.unet_config({key: shape for key, shape in shapes.items() if key != name})
 
 
 def test_unknown_names_are_refused(sd15):

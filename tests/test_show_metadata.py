@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library import cli
-from library.models.checkpoint import write_tensors
+from library.models.files.checkpoint import write_tensors
 from tests.processes import run
 from tools import show_metadata
 

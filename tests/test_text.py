@@ -115,7 +115,7 @@ def plain(encoder) -> CLIPTextModel:
 @torch.no_grad()
 def test_encoder_is_transformers_last_layer_through_the_final_norm(tokenizer, encoder, plain):
     ids = tokenizer(["a red circle", "blue"]).ids
-    hidden = encoder(ids)
+    hidden = encoder(ids).hidden
     answer = plain(input_ids=ids[:, 0], output_hidden_states=True)
     assert torch.equal(hidden, answer.last_hidden_state)
     layers = answer.hidden_states
@@ -127,9 +127,9 @@ def test_encoder_is_transformers_last_layer_through_the_final_norm(tokenizer, en
 def test_a_layer_from_the_end_goes_through_the_final_norm(tokenizer, encoder, plain):
     ids = tokenizer(["a red circle", "blue"]).ids
     layers = plain(input_ids=ids[:, 0], output_hidden_states=True).hidden_states
-    assert torch.allclose(encoder(ids, 1), plain.final_layer_norm(layers[-1]), atol=1e-6)
-    assert torch.equal(encoder(ids, 2), plain.final_layer_norm(layers[-2]))
-    assert not torch.allclose(encoder(ids, 2), encoder(ids, 1), atol=1e-2)
+    assert torch.allclose(encoder(ids, 1).hidden, plain.final_layer_norm(layers[-1]), atol=1e-6)
+    assert torch.equal(encoder(ids, 2).hidden, plain.final_layer_norm(layers[-2]))
+    assert not torch.allclose(encoder(ids, 2).hidden, encoder(ids, 1).hidden, atol=1e-2)
     assert encoder.layers == 2
 
 
@@ -137,9 +137,9 @@ def test_a_layer_from_the_end_goes_through_the_final_norm(tokenizer, encoder, pl
 @torch.no_grad()
 def test_chunks_are_encoded_apart_and_joined(tokenizer, encoder, layer):
     ids = tokenizer(["word " * 100 + "end", "short"], 225).ids
-    hidden = encoder(ids, layer)
+    hidden = encoder(ids, layer).hidden
     assert hidden.shape == (2, 227, 64)
-    alone = [encoder(ids[:, [number]], layer) for number in range(3)]
+    alone = [encoder(ids[:, [number]], layer).hidden for number in range(3)]
     parts = [alone[0][:, :1], *(one[:, 1:-1] for one in alone), alone[2][:, -1:]]
     assert torch.allclose(hidden, torch.cat(parts, dim=1), atol=1e-5)
 
@@ -176,4 +176,4 @@ def test_rebuilt_buffers_are_those_of_a_fresh_encoder(tokenizer):
     assert torch.equal(loaded.model.embeddings.position_ids, fresh.model.embeddings.position_ids)
     ids = tokenizer(["a red circle"]).ids
     with torch.no_grad():
-        assert torch.equal(loaded(ids), fresh(ids))
+        assert torch.equal(loaded(ids).hidden, fresh(ids).hidden)

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from library import cli
 from library.data.caching import text_cache
 from library.models.registry import load_model
+from library.models.text import TextOptions
 from tests import processes
 from tests.pictures import picture
 from tools import cache_text_encoder_outputs
@@ -77,6 +78,28 @@ def test_the_files_hold_what_the_models_text_encoder_says(tmp_path, model_file, 
     assert files(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("family", "extra", "suffix"),
+    [
+        ("sd2", ["--v2"], "_sd2_te_outputs.npz"),
+        ("sdxl", [], "_te_outputs.npz"),
+        ("sdxl", ["--sdxl"], "_te_outputs.npz"),
+    ],
+)
+def test_every_familys_files_have_its_encoders_outputs(tmp_path, model_files, tool, family, extra, suffix):
+    folder = folder_of(tmp_path, COLOURS)
+    tool(words(model_files(family), folder, "--max_token_length", "150", *extra))
+    model = load_model(model_files(family))
+    model.read_captions(TextOptions(150))
+    assert {path.name for path in folder.glob("*.npz")} == {f"{number:03}{suffix}" for number in range(len(COLOURS))}
+    for number, colour in enumerate(COLOURS):
+        with torch.no_grad():
+            expected = model.encode_text([colour])
+        with np.load(folder / f"{number:03}{suffix}") as file:
+            for name, tensor in expected.items():
+                assert np.allclose(file[name], tensor[0].numpy(), atol=1e-5)
+
+
 def test_the_model_is_not_loaded_when_all_files_are_there(tmp_path, model_file, tool, monkeypatch):
     folder = folder_of(tmp_path, COLOURS)
     tool(words(model_file, folder))
@@ -117,9 +140,9 @@ def test_existing_files_are_trusted_on_request(tmp_path, model_file, tool, flag)
     [
         (["--shuffle_caption"], "shuffle_caption"),
         (["--enable_wildcard"], "enable_wildcard"),
-        (["--sdxl"], "SDXL models are not supported"),
+        (["--flux"], "--flux: FLUX models are not supported"),
         (["--skip_exsting"], "did you mean --skip_existing"),
-        (["--pretrained_model_name_or_path", "no.safetensors"], "no such model file"),
+        (["--pretrained_model_name_or_path", "no.safetensors"], "no.safetensors does not exist"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, model_file, tool, capsys, more, message):

@@ -18,6 +18,7 @@ from library.models.text import TextOptions
 from tests import tiny
 from tests.pictures import picture
 from tests.processes import train_script
+from tests.test_training import PROPORTIONAL, ROUNDING, assert_equal_to_rounding
 
 READ = {"max_token_length": 150, "clip_skip": 2, "weighted_captions": True}
 OPTIONS = TextOptions(150, 2, True)
@@ -52,7 +53,7 @@ def folder(tmp_path) -> Path:
 def words(flags, layered, folder, tmp_path):
     def make(name: str, **changes: object) -> list[str]:
         own = {"pretrained_model_name_or_path": layered, "train_data_dir": folder, "caption_extension": None}
-        return flags(tmp_path / name, **own, **READ, **changes)
+        return flags(tmp_path / name, **own | READ | changes)
 
     return make
 
@@ -125,6 +126,37 @@ def test_the_dataset_sheet_counts_as_training_reads(train, words, tmp_path):
     tokens = [drawing["tokens"]["CLIP-L"] for card in cards for drawing in card["drawings"]]
     assert {token["count"] for token in tokens} == {4 + 100, 3}
     assert {token["cut"] for token in tokens} == {""}
+
+
+def test_the_dataset_sheet_counts_for_both_encoders_of_sdxl(train, words, model_files, tmp_path):
+    train(words("out", debug_dataset=True, pretrained_model_name_or_path=model_files("sdxl")), sdxl=True)
+    facts = json.loads((tmp_path / "out" / "run_dataset" / "dataset.json").read_text(encoding="utf-8"))
+    cards = [card for subset in facts["subsets"] for bucket in subset["buckets"] for card in bucket["cards"]]
+    for card in cards:
+        for drawing in card["drawings"]:
+            assert drawing["tokens"].keys() == {"CLIP-L", "OpenCLIP-bigG"}
+            assert {token["count"] for token in drawing["tokens"].values()} in ({4 + 100}, {3})
+
+
+@pytest.mark.parametrize(("family", "layers"), [("sd2", 2), ("sdxl", 2)])
+def test_every_family_reads_captions_by_the_same_options(train, words, model_files, tmp_path, capsys, family, layers):
+    """Cached or not; and no family skips more layers than it has."""
+    xl, of_family = family == "sdxl", {"pretrained_model_name_or_path": model_files(family)}
+    common = {
+        "network_train_unet_only": True,
+        "max_train_steps": 2,
+        "v2": None if xl else True,
+        **PROPORTIONAL,
+    } | of_family
+    train(words("fresh", **common), sdxl=xl)
+    train(words("kept", **common, cache_text_encoder_outputs=True), sdxl=xl)
+    train(words("usual", **common | {"max_token_length": None, "clip_skip": None, "weighted_captions": None}), sdxl=xl)
+    fresh, kept, usual = (tmp_path / name / "run.safetensors" for name in ("fresh", "kept", "usual"))
+    assert_equal_to_rounding(fresh, kept)
+    assert tiny.largest_difference(fresh, usual) > 10 * ROUNDING
+    with pytest.raises(SystemExit, match="2"):
+        train(words("out", **common | {"clip_skip": layers + 1}), sdxl=xl)
+    assert f"--clip_skip {layers + 1} is too large" in capsys.readouterr().err
 
 
 def test_processes_agree_though_skipped_layers_get_no_gradients(words, tmp_path):

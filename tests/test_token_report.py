@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from library.models import registry
-from library.models.checkpoint import open_weights, write_tensors
+from library.models.files.checkpoint import open_weights, write_tensors
 from library.models.prompt_weights import CHUNK
 from library.models.sgm_keys import CLIP_PREFIX, VAE_PREFIX
 from library.models.text import Tokenizer, token_report
@@ -89,3 +89,21 @@ def test_every_weight_changes_the_fingerprint(tmp_path, key):
     assert fingerprint(tmp_path / "b.safetensors", WEIGHTS | {key: changed}) != ours
     assert fingerprint(tmp_path / "c.safetensors", WEIGHTS | {key: WEIGHTS[key].reshape(-1, 2)}) != ours
     assert fingerprint(tmp_path / "d.safetensors", WEIGHTS, torch.bfloat16) != ours
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "changes"),
+    [
+        ("sd2", "cond_stage_model.model.ln_final.bias", True),
+        ("sd2", "cond_stage_model.model.logit_scale", False),
+        ("sdxl", "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", True),
+        ("sdxl", "conditioner.embedders.1.model.text_projection", True),
+        ("sdxl", "model.diffusion_model.out.2.bias", False),
+    ],
+)
+def test_the_fingerprint_of_a_model_is_of_all_its_encoders(tmp_path, model_files, family, part, changes):
+    with open_weights(model_files(family)) as file:
+        tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118 - a file is no mapping
+    write_tensors(tmp_path / "other.safetensors", tensors | {part: tensors[part] + 1})
+    ours, other = (registry.inspect_model(path) for path in (model_files(family), tmp_path / "other.safetensors"))
+    assert (ours.text_fingerprint != other.text_fingerprint) == changes

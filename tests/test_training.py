@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from library.data.config import SubsetConfig
 from library.data.plan import RunPlan
 from library.data.records import scan
-from library.models.checkpoint import open_weights
+from library.models.files.checkpoint import open_weights
 from library.models.registry import ModelInfo
 from networks import lora
 from tests.pictures import dataset, subset

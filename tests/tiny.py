@@ -1,6 +1,8 @@
-"""A tiny model with the structure of Stable Diffusion 1.x, drawn pictures, and how trained files are compared."""
+"""Tiny models with the structure of each family, drawn pictures, and how trained files are compared."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +11,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.miniature import shapes
-from library.models.sd import StableDiffusion1
+from library.models.family import Family
+from library.models.registry import FAMILIES
+from library.models.sgm_keys import OPEN_CLIP_PREFIX
 
 UNET = {
     "block_out_channels": (32, 64),
@@ -37,11 +41,57 @@ CLIP = {
 }
 
 
-def save_model(path: Path) -> None:
-    """Random weights, always the same; for sizes that are multiples of 4."""
+OPEN_CLIP = CLIP | {"num_hidden_layers": 2, "hidden_act": "gelu", "projection_dim": 64}
+UNET_V2 = UNET | {"attention_head_dim": (1, 1), "use_linear_projection": True}
+SDXL = {
+    "unet_config": UNET_V2
+    | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "cross_attention_dim": 32 + 64,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 48,
+    },
+    "vae_config": VAE,
+    "clip_config": CLIP | {"hidden_size": 32, "num_hidden_layers": 2},
+    "open_clip_config": OPEN_CLIP | {"projection_dim": 48},
+}
+# Arguments of each family's `from_configs`. All are for sizes that are multiples of 4.
+CONFIGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "sd1": {"unet_config": UNET, "vae_config": VAE, "clip_config": CLIP},
+    "sd2": {"unet_config": UNET_V2, "vae_config": VAE, "clip_config": OPEN_CLIP},
+    "sdxl": SDXL,
+}
+
+
+def make_model(family: str = "sd1", **changes: Mapping[str, Any]) -> Family:
+    """Random weights, always the same, in evaluation mode. `changes` to the configurations have their names, as in
+    `clip_config={"num_hidden_layers": 3}`. What published files hold besides is carried.
+    """
+    kind = next(kind for kind in FAMILIES if kind.name == family)
+    configs = {name: {**config, **changes.get(name, {})} for name, config in CONFIGS[family].items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        StableDiffusion1.from_configs(UNET, VAE, CLIP).save(path)
+        model = kind.from_configs(**configs).eval()
+    if family == "sd2":
+        model.carried = unused_text_layer(model) | {f"{OPEN_CLIP_PREFIX}logit_scale": torch.tensor(4.6)}
+    return model
+
+
+def unused_text_layer(model: Family) -> dict[str, torch.Tensor]:
+    """What a file of Stable Diffusion 2.x has and the model does not: one text layer more."""
+    layers = f"{OPEN_CLIP_PREFIX}transformer.resblocks."
+    last = model.text_encoders[0].layers - 1
+    own = {name: tensor for name, tensor in model.tensors().items() if name.startswith(f"{layers}{last}.")}
+    return {name.replace(f"{layers}{last}.", f"{layers}{last + 1}."): tensor + 1 for name, tensor in own.items()}
+
+
+def save_model(path: Path, family: str = "sd1", **changes: Mapping[str, Any]) -> Path:
+    """Write what `make_model` makes; returns the path."""
+    make_model(family, **changes).save(path)
+    return path
 
 
 def draw_pictures(folder: Path, count: int, size: tuple[int, int] = (32, 32)) -> Path:

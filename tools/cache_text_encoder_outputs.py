@@ -18,10 +18,9 @@ def main() -> None:
 
     datasets = preflight.check_caching(settings, options.CacheOptions(cache_text_encoder_outputs_to_disk=True))
     with console.quiet_dependencies():
-        from library.training.launch import make_accelerator
         from library.training.text_caching import cache_text_ahead
     skip_check = settings[options.CacheOptions].skip_cache_check or settings[CacheToolOptions].skip_existing
-    cache_text_ahead(settings, datasets, *make_accelerator(settings), skip_check=skip_check)
+    cache_text_ahead(settings, datasets, skip_check=skip_check)
 
 
 if __name__ == "__main__":

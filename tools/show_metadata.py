@@ -35,7 +35,7 @@ def main() -> None:
         words.insert(0, "--model")
     path = cli.parse((ShowMetadataOptions,), words, description=__doc__)[ShowMetadataOptions].model
     with console.quiet_dependencies():
-        from library.models.checkpoint import open_weights
+        from library.models.files.checkpoint import open_weights
     with open_weights(path) as file:
         metadata = file.metadata
     if not metadata:

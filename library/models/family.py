@@ -6,63 +6,45 @@ A family is one file with one class, and one key map. Everything that trains or 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
-from library.errors import UserError, some
-from library.models.checkpoint import WeightsFile, open_weights, write_tensors
-from library.models.noise import NoiseProcess, torch_generator
-from library.models.sgm_keys import KeyMap, Shapes, is_carried, is_dropped, usual_spelling
-from library.models.text import TextOptions, TextOutputs, Tokenizer
+from library.errors import UserError
+from library.models.architecture import unet_config, vae_config
+from library.models.files.checkpoint import LazyTensors, write_tensors
+from library.models.noise import DDPM, NoiseProcess, Prediction, torch_generator
+from library.models.prediction import markers
+from library.models.sgm_keys import KeyMap, Place, Shapes, is_carried
+from library.models.text import TextEncoder, TextOptions, TextOutputs, Tokenizer, Tokens
+from library.models.views import AttachPoints
 from library.transfer import to_device
 
+Configs = Mapping[str, Mapping[str, Any]]
 
-class AttachPoints(NamedTuple):
-    """What networks are attached to: trees with the canonical names whose leaves are the model's own modules."""
 
-    text_encoders: list[nn.Module]
-    unet: nn.Module
+class Component(NamedTuple):
+    """A module, and the names of its tensors in an original file."""
+
+    module: nn.Module
+    names: KeyMap
 
 
 @dataclass(frozen=True)
 class LatentSpec:
     """The latent space of a model. `factor`: pixels per latent, each way; `step`: pixels per smallest feature of the
     U-Net, so sizes must be multiples of it; `scale`: what latents are multiplied with for the denoiser.
+    `default_size`: pixels each way of a picture nobody said a size for.
     """
 
     channels: int
     factor: int
     step: int
     scale: float
-
-
-# Modules whose class other programs look for; a view keeps them whole and dissolves everything above them.
-_KNOWN_CLASSES = {
-    "Transformer2DModel",
-    "ResnetBlock2D",
-    "Downsample2D",
-    "Upsample2D",
-    "CLIPAttention",
-    "CLIPMLP",
-}
-
-
-def neutral_view(module: nn.Module) -> nn.Module:
-    """A tree with the same names and the same leaf modules, whose inner nodes have no class of their own.
-
-    Networks choose modules by class and name; some stop at a class they do not expect.
-    """
-    children = list(module.named_children())
-    if not children or type(module).__name__ in _KNOWN_CLASSES:
-        return module
-    view = nn.Module()
-    for name, child in children:
-        view.add_module(name, neutral_view(child))
-    return view
+    default_size: int
 
 
 class Family(nn.Module, ABC):
@@ -71,17 +53,22 @@ class Family(nn.Module, ABC):
     name: str  # as in this program
     title: str  # as in a sentence
     base_model_version: str  # as in the metadata key ss_base_model_version
-    architecture: str  # as in the metadata key modelspec.architecture
-    latents: LatentSpec
+    latent_scale: float
+    default_size: int
+    text_layer: int  # the layer of the text encoders it was trained with, from the last (1) on
     latents_suffix: str  # end of the names of files of cached latents
     text_outputs: TextOutputs
+    pipeline: str  # Diffusers' class for it
     text_encoders: nn.ModuleList
-    vae: nn.Module
-    unet: nn.Module
 
-    def __init__(self) -> None:
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, *text_encoders: TextEncoder):
         super().__init__()
+        self.text_encoders = nn.ModuleList(text_encoders)
+        self.vae = vae
+        self.unet = unet
+        self.latents = self._latent_spec(vae.config, unet.config)
         self.text = TextOptions()
+        self.prediction = Prediction()
         self.carried: dict[str, Tensor] = {}  # tensors of the file that no module uses, written back as they came
 
     @classmethod
@@ -91,22 +78,24 @@ class Family(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def latent_spec(cls, shapes: Shapes) -> LatentSpec:
-        """The latent space of an original file with these tensors."""
-
-    @classmethod
-    @abstractmethod
-    def build(cls, shapes: Shapes) -> "Family":
-        """The modules for an original file with these tensors, weights as their classes initialise them."""
+    def build(cls, shapes: Shapes, configs: Configs) -> "Family":
+        """The modules for an original file with these tensors, weights as their classes initialise them. `configs` are
+        arguments of Diffusers' and transformers' classes, by component, that win over what the shapes tell.
+        """
 
     @classmethod
     @abstractmethod
     def tokenizers(cls) -> dict[str, Tokenizer]:
         """The tokenizers of its text encoders, by the encoders' usual names."""
 
+    @property
     @abstractmethod
-    def parts(self) -> list[tuple[nn.Module, KeyMap]]:
-        """The modules that make up a file, with their names in it."""
+    def architecture(self) -> str:
+        """As in the metadata key modelspec.architecture."""
+
+    @abstractmethod
+    def components(self) -> dict[str, Component]:
+        """The modules that make up a model, by their names in Diffusers' pipelines."""
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str], *, painting: bool = False) -> dict[str, Tensor]:
@@ -115,24 +104,49 @@ class Family(nn.Module, ABC):
         """
 
     @abstractmethod
-    def condition(self, text: Mapping[str, Tensor], batch: Any = None) -> dict[str, Tensor]:
-        """`encode_text`'s answer (fresh or cached) and the batch's sizes -> the denoiser's inputs, batch first."""
+    def condition(self, text: Mapping[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
+        """`encode_text`'s answer (fresh or cached) and the pictures' sizes -> the denoiser's inputs, batch first.
+
+        `sizes` (B, 6): original height and width, crop top and left, target height and width, in pixels.
+        """
 
     @abstractmethod
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor], **extras: Any) -> Tensor:
-        """The denoiser's answer (B, C, h, w) for noisy scaled latents (B, C, h, w) at timesteps (B,)."""
-
-    @abstractmethod
-    def noise_process(self) -> NoiseProcess:
-        """The noise this model was trained with."""
+        """The denoiser's answer (B, C, h, w) for noisy scaled latents (B, C, h, w) at timesteps (B,), computed in its
+        own precision.
+        """
 
     @abstractmethod
     def attach_points(self) -> AttachPoints:
         """What networks may be attached to."""
 
-    @abstractmethod
+    @classmethod
+    def latent_spec(cls, shapes: Shapes) -> LatentSpec:
+        """The latent space of an original file with these tensors."""
+        return cls._latent_spec(vae_config(shapes), unet_config(shapes))
+
+    @classmethod
+    def _latent_spec(cls, vae: Mapping[str, Any], unet: Mapping[str, Any]) -> LatentSpec:
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        step = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+        return LatentSpec(vae["latent_channels"], factor, step, cls.latent_scale, cls.default_size)
+
+    def noise_process(self) -> NoiseProcess:
+        """The noise this model was trained with."""
+        return DDPM(self.prediction)
+
     def enable_gradient_checkpointing(self, unet: bool = True, text_encoders: bool = False) -> None:
         """Compute activations twice instead of keeping them; takes effect in training mode."""
+        if unet:
+            self.unet.enable_gradient_checkpointing()
+        if text_encoders:
+            for encoder in self.text_encoders:
+                encoder.enable_gradient_checkpointing()
+
+    @classmethod
+    def leaves_layers_out(cls, clip_skip: int | None) -> bool:
+        """Whether some layers of its text encoders have no part in the answer."""
+        return (clip_skip or cls.text_layer) > 1
 
     def read_captions(self, options: TextOptions) -> None:
         """Have captions read in this way from now on. UserError if a text encoder has too few layers for it."""
@@ -142,6 +156,11 @@ class Family(nn.Module, ABC):
                 f"--clip_skip {options.clip_skip} is too large: this model's text encoder has {layers} layers"
             )
         self.text = options
+
+    def tokenize(self, tokenizer: Tokenizer, captions: Sequence[str], painting: bool) -> Tokens:
+        """Captions as `text` says they are read."""
+        text = self.text
+        return tokenizer(captions, text.token_length, painting or text.weighted, painting or text.padded)
 
     def encode_images(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Images (B, 3, H, W), -1..1 -> unscaled latents (B, C, H/factor, W/factor), float32, drawn from the
@@ -157,62 +176,18 @@ class Family(nn.Module, ABC):
         """Unscaled latents (B, C, h, w) -> images (B, 3, h x factor, w x factor), about -1..1, float32."""
         return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float()
 
-    @classmethod
-    def load_vae(
-        cls, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> "Family":
-        """A model whose autoencoder is read from an original single file, in evaluation mode, and nothing else: its
-        other weights are nowhere. UserError if the file's autoencoder is not complete.
-        """
-        with open_weights(path) as file:
-            keys = {usual_spelling(key): key for key in file.shapes()}
-            with torch.device("meta"), complete(cls, file):
-                model = cls.build(usual_shapes(file))
-            names = next(names for module, names in model.parts() if module is model.vae)
-            _fill(model.vae, names, file, keys, dtype=dtype, device=device)
-        _assert_materialised(model.vae)
-        return model.eval()
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        vae_dtype: torch.dtype | None = None,
-        vae_device: torch.device | str | None = None,
-    ) -> "Family":
-        """Read an original single file, in evaluation mode; `vae_dtype` and `vae_device` are the autoencoder's if they
-        differ. UserError if the file is not a complete model of this family.
-        """
-        with open_weights(path) as file:
-            keys = {usual_spelling(key): key for key in file.shapes()}
-            with torch.device("meta"), complete(cls, file):
-                model = cls.build(usual_shapes(file))
-            left = set(keys)
-            for module, names in model.parts():
-                special = (vae_dtype or dtype, vae_device or device) if module is model.vae else (dtype, device)
-                left -= _fill(module, names, file, keys, dtype=special[0], device=special[1])
-            unknown = sorted(keys[name] for name in left if not is_dropped(name) and not is_carried(name))
-            if unknown:
-                raise UserError(f"{file.path} holds tensors that no {cls.title} model has: {some(unknown)}")
-            model.carried = {name: file.get(keys[name]) for name in sorted(left) if is_carried(name)}
-        model.rebuild_buffers(device)
-        _assert_materialised(model)
-        return model.eval()
+    def carries(self, name: str) -> bool:
+        """Whether an original file of this model may hold this tensor that no module uses."""
+        return is_carried(name)
 
     def rebuild_buffers(self, device: torch.device | str) -> None:
         """Make anew the buffers that no file holds."""
         for encoder in self.text_encoders:
             encoder.rebuild_buffers(device)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights under their names and shapes in an original file; no copies."""
-        tensors = dict(self.carried)
-        for module, names in self.parts():
-            for name, tensor in module.state_dict().items():
-                tensors[names.original(name)] = tensor.reshape(names.original_shape(name, tensor.shape))
-        return tensors
+    def tensors(self) -> LazyTensors:
+        """The weights under their names and shapes in an original file; nothing is copied before it is asked for."""
+        return OriginalTensors(self)
 
     def save(
         self,
@@ -220,65 +195,42 @@ class Family(nn.Module, ABC):
         dtype: torch.dtype | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write an original single file, .safetensors or .ckpt by its suffix, in `dtype` or as the weights are."""
-        write_tensors(path, self.tensors(), dtype, metadata)
+        """Write an original single file, .safetensors or .ckpt by its suffix, in `dtype` or as the weights are. With
+        metadata it also gets the hash of its contents.
+        """
+        write_tensors(path, self.tensors(), dtype, metadata, content_hash=metadata is not None)
 
 
-def _fill(
-    module: nn.Module,
-    names: KeyMap,
-    file: WeightsFile,
-    keys: Mapping[str, str],
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> set[str]:
-    """Fill a module built on the meta device from an original file; each tensor is read once, straight into its place.
+class OriginalTensors(LazyTensors):
+    """A model's weights in the original layout. Markers say what it predicts, if that is known not to be the noise."""
 
-    `keys` maps the layout's own names to the file's. Returns those of the layout's names that were used. UserError
-    names the first tensors that are missing or have another shape than the module's.
-    """
-    state, used, missing, misshapen = {}, set(), [], []
-    for name, parameter in module.state_dict().items():
-        original = names.original(name)
-        if original not in keys:
-            missing.append(original)
-            continue
-        key = keys[original]
-        used.add(original)
-        if _without_trailing_ones(file.shape(key)) != _without_trailing_ones(parameter.shape):
-            misshapen.append(f"{key} has shape {file.shape(key)}, not {names.original_shape(name, parameter.shape)}")
-            continue
-        state[name] = file.get(key, dtype).reshape(parameter.shape).to(device)
-    if missing:
-        raise UserError(f"{file.path} lacks {some(missing)}: it is not a complete Stable Diffusion model")
-    if misshapen:
-        raise UserError(f"{file.path} does not fit together: {some(misshapen)}")
-    module.load_state_dict(state, assign=True)
-    return used
+    def __init__(self, model: Family):
+        self._whole = model.carried | markers(model.prediction)
+        self._sources: dict[str, tuple[Place, Mapping[str, Tensor]]] = {}
+        for component in model.components().values():
+            state = component.module.state_dict()
+            self._sources |= {place.key: (place, state) for place in component.names.places(state)}
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._sources
+        yield from self._whole
+
+    def __len__(self) -> int:
+        return len(self._sources) + len(self._whole)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key in self._whole:
+            return self._whole[key]
+        place, state = self._sources[key]
+        return place.join(state)
+
+    def outlines(self) -> Mapping[str, Tensor]:
+        outlines = {key: _outline(tensor.shape, tensor.dtype) for key, tensor in self._whole.items()}
+        for key, (place, state) in self._sources.items():
+            shapes = {name: state[name].shape for name in place.names}
+            outlines[key] = _outline(place.shape(shapes), state[place.names[0]].dtype)
+        return outlines
 
 
-def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Linear and 1x1 convolution weights hold the same numbers."""
-    return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
-
-
-def _assert_materialised(module: nn.Module) -> None:
-    """No parameter or buffer may be left on the meta device: computing with one gives garbage without an error."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    left = [name for name, tensor in tensors if tensor.is_meta]
-    assert not left, f"never filled: {some(left)}"
-
-
-def usual_shapes(file: WeightsFile) -> dict[str, tuple[int, ...]]:
-    """The shapes in a file by the layout's own names."""
-    return {usual_spelling(key): shape for key, shape in file.shapes().items()}
-
-
-@contextmanager
-def complete(family: type[Family], file: WeightsFile) -> Iterator[None]:
-    """Say which tensor is missing where shapes are read off a file."""
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"{file.path} lacks {error.args[0]}: it is not a complete {family.title} model") from error
+def _outline(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")

@@ -15,7 +15,15 @@ from tqdm import tqdm
 
 from library import console
 from library.errors import UserError, some
-from library.models.checkpoint import Hashes, WeightsFile, hash_file, open_weights, stores_metadata, write_tensors
+from library.models.files.checkpoint import (
+    Hashes,
+    LazyTensors,
+    WeightsFile,
+    hash_file,
+    open_weights,
+    stores_metadata,
+    write_tensors,
+)
 from library.models.metadata import IMPLEMENTATION_VERSION
 from library.models.sgm_keys import UNET_PREFIX, Shapes, is_carried, is_dropped, usual_spelling
 
@@ -43,7 +51,7 @@ class Recipe:
     device: torch.device | str = "cpu"
 
 
-class MergedTensors(Mapping[str, Tensor]):
+class MergedTensors(LazyTensors):
     """The tensors of a merge under the first file's names, each computed when it is asked for, on the CPU. Never
     more than one tensor of each file is in memory.
 
@@ -97,6 +105,14 @@ class MergedTensors(Mapping[str, Tensor]):
             total.add_(_read(file, name).to(recipe.device, recipe.dtype), alpha=ratio)
         return total.to("cpu", stored)
 
+    def outlines(self) -> Mapping[str, Tensor]:
+        return {key: self._outline(key) for key in self}
+
+    def _outline(self, key: str) -> Tensor:
+        first = self._files[0]
+        outline = torch.empty(first.shape(key), dtype=first.dtype(key), device="meta")
+        return outline.to(self._recipe.stored) if self._recipe.stored and outline.is_floating_point() else outline
+
 
 def _read(file: WeightsFile, key: str) -> Tensor:
     try:
@@ -141,17 +157,14 @@ def _family(shapes: Shapes) -> str | None:
 def merge_models(models: Sequence[Path], output: Path, recipe: Recipe, show_skipped: bool = False) -> None:
     """Write the weighted sum of checkpoints to `output`, which is replaced only when the new file is whole.
 
-    A .ckpt is collected in memory, a .safetensors file is not. UserError as from `open_weights`, `MergedTensors` and
-    `write_tensors`.
+    UserError as from `open_weights`, `MergedTensors` and `write_tensors`.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(open_weights(path)) for path in models]
         merged = MergedTensors(files, recipe)
         _tell(files, merged, recipe, show_skipped)
-        metadata, passes = None, 1
-        if stores_metadata(output):
-            metadata, passes = merged_metadata(files, recipe, output.stem), 2  # the header first, then the content
-        with tqdm(total=passes * len(merged), desc="merging", unit="tensor", delay=1, leave=False) as bar:
+        metadata = merged_metadata(files, recipe, output.stem) if stores_metadata(output) else None
+        with tqdm(total=len(merged), desc="merging", unit="tensor", delay=1, leave=False) as bar:
             watched = _Watched(merged, bar)
             write_tensors(output, watched, None, metadata)
     if watched.not_finite:
@@ -161,10 +174,10 @@ def merge_models(models: Sequence[Path], output: Path, recipe: Recipe, show_skip
         )
 
 
-class _Watched(Mapping[str, Tensor]):
+class _Watched(LazyTensors):
     """The same tensors; shows progress and notes those that are not finite."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], bar: tqdm):
+    def __init__(self, tensors: LazyTensors, bar: tqdm):
         self._tensors, self._bar = tensors, bar
         self.not_finite: set[str] = set()
 
@@ -181,6 +194,9 @@ class _Watched(Mapping[str, Tensor]):
         if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
             self.not_finite.add(key)
         return tensor
+
+    def outlines(self) -> Mapping[str, Tensor]:
+        return self._tensors.outlines()
 
 
 def _tell(files: Sequence[WeightsFile], merged: MergedTensors, recipe: Recipe, show_skipped: bool) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.models.checkpoint import Hashes, hash_tensors
+from library.models.files.checkpoint import Hashes, hash_tensors
+from library.models.noise import Prediction
 
 IMPLEMENTATION_VERSION = "atelier/0.1.0"
 
@@ -89,13 +90,17 @@ _ESSENTIAL = (
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that was trained on. `name` is its file's name, `architecture` ModelSpec's word for it."""
+    """The model that was trained on. `name` is its file's name, `architecture` ModelSpec's word for it; `vae` is the
+    name of the file of another autoencoder, if it was given one.
+    """
 
     name: str
     version: str
     architecture: str
-    prediction_type: str
+    prediction: Prediction
     hashes: Hashes | None = None
+    vae: str | None = None
+    vae_hashes: Hashes | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,10 @@ def training_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, s
     }
     if run.base.hashes is not None:
         fields |= {"sd_model_hash": run.base.hashes.legacy, "new_sd_model_hash": run.base.hashes.sha256}
+    if run.base.vae is not None:
+        fields["vae_name"] = run.base.vae
+    if run.base.vae_hashes is not None:
+        fields |= {"vae_hash": run.base.vae_hashes.legacy, "new_vae_hash": run.base.vae_hashes.sha256}
     data = {name: _text(value) for name, value in run.datasets.items()}
     if data.get("ss_bucket_info") == "None":
         data["ss_bucket_info"] = "null"  # there is none without bucketing, but readers expect JSON all the same
@@ -175,7 +184,7 @@ def modelspec(settings: Mapping[str, Any], run: RunFacts, kind: str = "") -> dic
         "title": settings.get("output_name") or "last",
         "resolution": f"{width}x{height}",
         "date": datetime.fromtimestamp(int(run.finished_at), UTC).strftime("%Y-%m-%dT%H:%M:%S"),
-        "prediction_type": run.base.prediction_type,
+        "prediction_type": "v" if run.base.prediction.kind == "v_prediction" else "epsilon",
     }
     described = {
         name.removeprefix("metadata_"): value for name, value in settings.items() if name.startswith("metadata_")

@@ -9,12 +9,18 @@ from pathlib import Path
 import torch
 
 from library.errors import UserError, some
-from library.models.checkpoint import Hashes, WeightsFile, hash_file, open_weights
-from library.models.family import Family, LatentSpec, complete, usual_shapes
-from library.models.sd import StableDiffusion1
-from library.models.sgm_keys import VAE_PREFIX, is_carried, usual_spelling
+from library.models import loading
+from library.models.family import Family, LatentSpec
+from library.models.files.checkpoint import Hashes, WeightsFile, hash_file
+from library.models.files.sources import open_model
+from library.models.loading import complete, usual_shapes
+from library.models.noise import Prediction
+from library.models.prediction import prediction_of
+from library.models.sd import StableDiffusion1, StableDiffusion2
+from library.models.sdxl import StableDiffusionXL
+from library.models.sgm_keys import UNET_PREFIX, VAE_PREFIX, is_carried, usual_spelling
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion1,)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion1, StableDiffusion2, StableDiffusionXL)
 
 _VAE_ENCODER = (f"{VAE_PREFIX}encoder.", f"{VAE_PREFIX}quant_conv.")
 
@@ -27,12 +33,23 @@ _OTHER_FILES = {
     "lokr_w1": "is a LyCORIS network, not a model: give the model that it belongs to",
     "emb_params": "is a Textual Inversion embedding, not a model: give the model that it belongs to",
     "string_to_param": "is a Textual Inversion embedding, not a model: give the model that it belongs to",
-    "conditioner.embedders.": "is an SDXL model, which is not supported here: give a Stable Diffusion 1.x model",
-    "cond_stage_model.model.": "is a Stable Diffusion 2.x model, which is not supported here: give a 1.x model",
+    "conditioner.embedders.0.model.": "is an SDXL refiner, which cannot be trained here: give an SDXL base model",
+    "double_blocks.": "is a FLUX model, which cannot be trained here: give a Stable Diffusion 1.x, 2.x or SDXL model",
+    "joint_blocks.": "is an SD3 model, which cannot be trained here: give a Stable Diffusion 1.x, 2.x or SDXL model",
     "control_model.": "is a ControlNet, not a model: give a complete Stable Diffusion checkpoint",
-    "down_blocks.": "is one part of a model in Diffusers' layout: give a checkpoint in the original single-file layout",
+    "controlnet_": "is a ControlNet, not a model: give a complete Stable Diffusion checkpoint",
+    UNET_PREFIX: "has a U-Net but no text encoder: give a complete Stable Diffusion checkpoint",
+    "down_blocks.": "is one part of a model in Diffusers' layout: give the folder that it came in, or a checkpoint",
     "decoder.conv_in.": "is an autoencoder without its model: give a complete Stable Diffusion checkpoint",
     "text_model.": "is a text encoder without its model: give a complete Stable Diffusion checkpoint",
+    "clip_g": "is a Textual Inversion embedding, not a model: give the model that it belongs to",
+}
+# Channels that a U-Net reads besides noisy latents.
+_KINDS = {
+    4: None,
+    5: "a depth-to-image model",
+    8: "a model that edits images by instructions",
+    9: "an inpainting model",
 }
 
 
@@ -45,69 +62,112 @@ def detect(file: WeightsFile) -> type[Family]:
     for part, what in _OTHER_FILES.items():
         if any(part in key for key in shapes):
             raise UserError(f"{file.path} {what}")
-    titles = " or ".join(family.title for family in FAMILIES)
+    titles = ", ".join(family.title for family in FAMILIES[:-1]) + f" or {FAMILIES[-1].title}"
     raise UserError(f"{file.path} is not a {titles} checkpoint: its tensors are named {some(sorted(shapes))}")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model file says of itself without reading its weights."""
+    """What a model says of itself without reading its weights. `name`: what was asked for, `path`: where that is here,
+    `vae`: where its autoencoder comes from instead.
+    """
 
+    name: str
     path: Path
     family: type[Family]
     latents: LatentSpec
+    input_channels: int
+    prediction: Prediction | None
+    """What it says its denoiser predicts; None if it says nothing."""
+    vae: str | None = None
+
+    @property
+    def kind(self) -> str | None:
+        """What it is if its U-Net reads more than noisy latents, as in a sentence."""
+        return _KINDS.get(self.input_channels, f"a model whose U-Net reads {self.input_channels} channels")
+
+    def open(self) -> WeightsFile:
+        """Its tensors, under the names of the original layout."""
+        return open_model(self.path, self.vae)
 
     @cached_property
-    def hashes(self) -> Hashes:
-        """The file's hashes; reads all of it, once."""
-        return hash_file(self.path)
+    def hashes(self) -> Hashes | None:
+        """The file's hashes; reads all of it, once. None for a folder."""
+        return None if self.path.is_dir() else hash_file(self.path)
+
+    @cached_property
+    def vae_hashes(self) -> Hashes | None:
+        """The same for the file of another autoencoder, if there is one."""
+        return hash_file(self.vae) if self.vae and Path(self.vae).is_file() else None
 
     @cached_property
     def vae_fingerprint(self) -> str:
         """What tells autoencoders apart that make different latents: a hash of the encoder's weights as they are
         stored, under the layout's own names. Reads them once; decoders make no difference.
         """
-        with open_weights(self.path) as file:
+        with self.open() as file:
             return fingerprint(file, _VAE_ENCODER)
 
     @cached_property
     def text_fingerprint(self) -> str:
         """The same for its text encoders."""
-        with open_weights(self.path) as file:
+        with self.open() as file:
             return fingerprint(file, self.family.text_outputs.prefixes)
 
     def load_vae(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
-        """Read the model's autoencoder alone; see `Family.load_vae`."""
-        return self.family.load_vae(self.path, dtype, device)
+        """Read the model's autoencoder alone; see `loading.load_vae`."""
+        with self.open() as file:
+            return loading.load_vae(self.family, file, dtype, device)
 
     def load(
         self,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         device: torch.device | str = "cpu",
         vae_dtype: torch.dtype | None = None,
         vae_device: torch.device | str | None = None,
     ) -> Family:
-        """Read the model; see `Family.load`."""
-        return self.family.load(self.path, dtype, device, vae_dtype, vae_device)
+        """Read the model, which predicts what it says it does; see `loading.load`. UserError also if the file names a
+        hash of its contents and they have another.
+        """
+        with self.open() as file:
+            file.verify()
+            model = loading.load(self.family, file, dtype, device, vae_dtype, vae_device)
+        model.prediction = self.prediction or Prediction()
+        return model
 
 
-def inspect_model(path: str | os.PathLike) -> ModelInfo:
-    """Recognise a model file from its header. UserError if it is missing, damaged or no model."""
-    with open_weights(path) as file:
+def inspect_model(name: str | os.PathLike, vae: str | os.PathLike | None = None) -> ModelInfo:
+    """Recognise a model file, folder or repository from its headers; see `open_model`. UserError if it is missing,
+    damaged or no model.
+    """
+    with open_model(name, vae) as file:
         family = detect(file)
         with complete(family, file):
-            latents = family.latent_spec(usual_shapes(file))
-        return ModelInfo(file.path, family, latents)
+            shapes = usual_shapes(file)
+            latents, channels = family.latent_spec(shapes), shapes[f"{UNET_PREFIX}input_blocks.0.0.weight"][1]
+            made = shapes[f"{UNET_PREFIX}out.2.weight"][0]
+        if latents.channels != made:
+            raise UserError(
+                f"{vae or file.path} does not fit: its autoencoder's latents have {latents.channels} channels, those "
+                f"of the U-Net in {file.path} have {made}"
+            )
+        own_vae = None if vae is None else str(vae)
+        return ModelInfo(str(name), file.path, family, latents, channels, prediction_of(file), own_vae)
+
+
+def public_name(name: str) -> str:
+    """What others may learn of a model's name: of a path the last part, of a repository on the hub all."""
+    return Path(name).name if os.path.exists(name) else name
 
 
 def load_model(
-    path: str | os.PathLike,
-    dtype: torch.dtype = torch.float32,
+    name: str | os.PathLike,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     vae_dtype: torch.dtype | None = None,
 ) -> Family:
-    """Load a model file of whichever family it is; see `Family.load`."""
-    return inspect_model(path).load(dtype, device, vae_dtype)
+    """Load a model of whichever family it is; see `ModelInfo.load`."""
+    return inspect_model(name).load(dtype, device, vae_dtype)
 
 
 def fingerprint(file: WeightsFile, prefixes: tuple[str, ...]) -> str:

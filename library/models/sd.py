@@ -1,118 +1,144 @@
-"""Stable Diffusion 1.x: one CLIP text encoder, an autoencoder and a U-Net that predicts the noise."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, an autoencoder and a U-Net."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from library.models.family import AttachPoints, Family, LatentSpec, neutral_view
-from library.models.noise import DDPM, NoiseProcess
+from library.models.architecture import clip_config, open_clip_config, unet_config, vae_config
+from library.models.family import Component, Configs, Family
 from library.models.sgm_keys import (
     CLIP_PREFIX,
+    OPEN_CLIP_PREFIX,
     UNET_PREFIX,
-    VAE_PREFIX,
     KeyMap,
     Shapes,
-    clip_config,
     clip_key_map,
-    unet_config,
+    has_all,
+    open_clip_key_map,
     unet_key_map,
-    vae_config,
     vae_key_map,
 )
 from library.models.text import TextEncoder, TextOutputs, Tokenizer, weigh
+from library.models.views import AttachPoints, neutral_view, text_view
 
 
-class StableDiffusion1(Family):
+class _OneTextEncoder(Family):
+    """What the two versions have in common."""
+
+    latent_scale = 0.18215
+    text_layer = 1
+    latents_suffix = "_sd.npz"
+    pipeline = "StableDiffusionPipeline"
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: TextEncoder):
+        super().__init__(unet, vae, text_encoder)
+        (self.tokenizer,) = self.tokenizers().values()
+
+    @classmethod
+    def from_configs(
+        cls, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any], clip_config: Mapping[str, Any]
+    ) -> "Family":
+        """A model with fresh weights, drawn from torch's global generator; the arguments are those of
+        UNet2DConditionModel, AutoencoderKL and CLIPTextConfig.
+        """
+        return cls(UNet2DConditionModel(**unet_config), AutoencoderKL(**vae_config), TextEncoder(clip_config))
+
+    def encode_text(self, captions: Sequence[str], *, painting: bool = False) -> dict[str, Tensor]:
+        """{"hidden_state1": (B, token length + 2, width)}: the last layer, or clip skip's, through the final norm."""
+        tokens = self.tokenize(self.tokenizer, captions, painting)
+        hidden = self.text_encoders[0](tokens.ids, self.text.clip_skip or self.text_layer).hidden
+        return {"hidden_state1": weigh(hidden, tokens.weights, restore_mean=painting)}
+
+    def condition(self, text: Mapping[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
+        """{"encoder_hidden_states": (B, token length + 2, width)}; sizes make no difference."""
+        return {"encoder_hidden_states": text["hidden_state1"]}
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor], **extras: Any) -> Tensor:
+        """The predicted noise or v (B, 4, h, w)."""
+        dtype = self.unet.dtype
+        condition = {name: tensor.to(dtype) for name, tensor in condition.items()}
+        return self.unet(noisy.to(dtype), timesteps, **condition, **extras).sample
+
+    def attach_points(self) -> AttachPoints:
+        return AttachPoints([text_view(self.text_encoders[0].model)], neutral_view(self.unet))
+
+    def components(self) -> dict[str, Component]:
+        return {
+            "unet": Component(self.unet, unet_key_map(self.unet.config)),
+            "vae": Component(self.vae, vae_key_map(self.vae.config)),
+            "text_encoder": Component(self.text_encoders[0].model, self._text_names()),
+        }
+
+    def _text_names(self) -> KeyMap:
+        raise NotImplementedError
+
+
+class StableDiffusion1(_OneTextEncoder):
     """Stable Diffusion 1.x of any size."""
 
     name = "sd1"
     title = "Stable Diffusion 1.x"
     base_model_version = "sd_v1"
     architecture = "stable-diffusion-v1"
-    latents_suffix = "_sd.npz"
+    default_size = 512
     text_outputs = TextOutputs("_sd_te_outputs.npz", {"hidden_state1": "hidden_state1"}, (CLIP_PREFIX,))
-
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: TextEncoder):
-        super().__init__()
-        self.text_encoders = nn.ModuleList([text_encoder])
-        self.vae = vae
-        self.unet = unet
-        self.latents = _latent_spec(vae.config, unet.config)
-        (self.tokenizer,) = self.tokenizers().values()
-
-    @classmethod
-    def from_configs(
-        cls, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any], clip_config: Mapping[str, Any]
-    ) -> "StableDiffusion1":
-        """A model with fresh weights, drawn from torch's global generator; the arguments are those of
-        UNet2DConditionModel, AutoencoderKL and CLIPTextConfig.
-        """
-        unet, vae = UNet2DConditionModel(**unet_config), AutoencoderKL(**vae_config)
-        return cls(unet, vae, TextEncoder(dict(clip_config)))
 
     @classmethod
     def recognises(cls, shapes: Shapes) -> bool:
-        starts = (UNET_PREFIX, VAE_PREFIX, CLIP_PREFIX)
-        return all(any(key.startswith(start) for key in shapes) for start in starts)
+        return has_all(shapes, UNET_PREFIX, CLIP_PREFIX)
 
     @classmethod
-    def latent_spec(cls, shapes: Shapes) -> LatentSpec:
-        return _latent_spec(vae_config(shapes), unet_config(shapes))
-
-    @classmethod
-    def build(cls, shapes: Shapes) -> "StableDiffusion1":
-        return cls.from_configs(unet_config(shapes), vae_config(shapes), clip_config(shapes))
+    def build(cls, shapes: Shapes, configs: Configs) -> "Family":
+        return cls.from_configs(
+            {**unet_config(shapes), **configs.get("unet", {})},
+            {**vae_config(shapes), **configs.get("vae", {})},
+            {**clip_config(shapes), **configs.get("text_encoder", {})},
+        )
 
     @classmethod
     def tokenizers(cls) -> dict[str, Tokenizer]:
         return {"CLIP-L": Tokenizer()}
 
-    def parts(self) -> list[tuple[nn.Module, KeyMap]]:
-        return [
-            (self.unet, unet_key_map(self.unet.config)),
-            (self.vae, vae_key_map(self.vae.config)),
-            (self.text_encoders[0].model, clip_key_map()),
-        ]
-
-    def encode_text(self, captions: Sequence[str], *, painting: bool = False) -> dict[str, Tensor]:
-        """{"hidden_state1": (B, token length + 2, width)}: the last layer, or clip skip's, through the final norm."""
-        tokens = self.tokenizer(captions, self.text.token_length, painting or self.text.weighted)
-        hidden = self.text_encoders[0](tokens.ids, self.text.clip_skip or 1)
-        return {"hidden_state1": weigh(hidden, tokens.weights, restore_mean=painting)}
-
-    def condition(self, text: Mapping[str, Tensor], batch: Any = None) -> dict[str, Tensor]:
-        """{"encoder_hidden_states": (B, token length + 2, width)}."""
-        return {"encoder_hidden_states": text["hidden_state1"]}
-
-    def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor], **extras: Any) -> Tensor:
-        """The predicted noise (B, 4, h, w); inputs are cast to the U-Net's precision."""
-        dtype = self.unet.dtype
-        condition = {name: tensor.to(dtype) for name, tensor in condition.items()}
-        return self.unet(noisy.to(dtype), timesteps, **condition, **extras).sample
-
-    def noise_process(self) -> NoiseProcess:
-        return DDPM()
-
-    def attach_points(self) -> AttachPoints:
-        # canonical names have a `text_model` level, which transformers 5 dissolved
-        text = nn.Module()
-        text.add_module("text_model", neutral_view(self.text_encoders[0].model))
-        return AttachPoints([text], neutral_view(self.unet))
-
-    def enable_gradient_checkpointing(self, unet: bool = True, text_encoders: bool = False) -> None:
-        if unet:
-            self.unet.enable_gradient_checkpointing()
-        if text_encoders:
-            self.text_encoders[0].enable_gradient_checkpointing()
+    def _text_names(self) -> KeyMap:
+        return clip_key_map()
 
 
-def _latent_spec(vae: Mapping[str, Any], unet: Mapping[str, Any]) -> LatentSpec:
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return LatentSpec(
-        channels=vae["latent_channels"],
-        factor=factor,
-        step=factor * 2 ** (len(unet["block_out_channels"]) - 1),
-        scale=0.18215,
-    )
+class StableDiffusion2(_OneTextEncoder):
+    """Stable Diffusion 2.x of any size. Its file has one text layer more than it uses."""
+
+    name = "sd2"
+    title = "Stable Diffusion 2.x"
+    base_model_version = "sd_v2"
+    default_size = 512
+    text_outputs = TextOutputs("_sd2_te_outputs.npz", {"hidden_state1": "hidden_state1"}, (OPEN_CLIP_PREFIX,))
+
+    @classmethod
+    def recognises(cls, shapes: Shapes) -> bool:
+        return has_all(shapes, UNET_PREFIX, OPEN_CLIP_PREFIX)
+
+    @classmethod
+    def build(cls, shapes: Shapes, configs: Configs) -> "Family":
+        text = open_clip_config(shapes, OPEN_CLIP_PREFIX)
+        text["num_hidden_layers"] -= 1
+        return cls.from_configs(
+            {**unet_config(shapes, head_width=64), **configs.get("unet", {})},
+            {**vae_config(shapes), **configs.get("vae", {})},
+            {**text, **configs.get("text_encoder", {})},
+        )
+
+    @classmethod
+    def tokenizers(cls) -> dict[str, Tokenizer]:
+        return {"OpenCLIP-H": Tokenizer(pad=0)}
+
+    @property
+    def architecture(self) -> str:
+        return "stable-diffusion-v2-768-v" if self.prediction.kind == "v_prediction" else "stable-diffusion-v2-512"
+
+    def carries(self, name: str) -> bool:
+        unused = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{self.text_encoders[0].layers}."
+        return name.startswith(unused) or super().carries(name)
+
+    def _text_names(self) -> KeyMap:
+        return open_clip_key_map(OPEN_CLIP_PREFIX, self.text_encoders[0].layers)

@@ -1,19 +1,28 @@
 """Names of Stable Diffusion's tensors: the original (CompVis, later "SGM") layout <-> Diffusers and transformers.
 
-One table of module pairs per network. The tables are generated from the architecture, so any
-number of levels and layers is covered. Architectures are read off the tensor shapes of an original file.
+One table of pairs per network, used in both directions. The tables are generated from the architecture, so any number
+of levels and layers is covered.
 
-Layouts: the reference implementation at github.com/CompVis/stable-diffusion (`ldm.modules.diffusionmodules`) and the
-module names of `diffusers.UNet2DConditionModel`, `diffusers.AutoencoderKL`, `transformers.CLIPTextModel`.
+Layouts: the reference implementations at github.com/CompVis/stable-diffusion (`ldm.modules.diffusionmodules`),
+github.com/Stability-AI/generative-models and github.com/mlfoundations/open_clip (`open_clip.transformer`), and the
+module names of `diffusers.UNet2DConditionModel`, `diffusers.AutoencoderKL` and `transformers.CLIPTextModel`.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-CLIP_PREFIX = "cond_stage_model.transformer.text_model."
+CLIP_PREFIX = "cond_stage_model.transformer.text_model."  # SD 1.x
+OPEN_CLIP_PREFIX = "cond_stage_model.model."  # SD 2.x
+SDXL_CLIP_PREFIX = "conditioner.embedders.0.transformer.text_model."
+SDXL_OPEN_CLIP_PREFIX = "conditioner.embedders.1.model."
+# Empty tensors that say what a model predicts, which ComfyUI and others look for.
+V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER = "v_pred", "ztsnr"
 
 Shapes = Mapping[str, tuple[int, ...]]
 Pairs = Iterable[tuple[str, str]]
@@ -40,6 +49,15 @@ _VAE_ATTENTION = (
     ("v", "to_v"),
     ("proj_out", "to_out.0"),
 )
+_OPEN_CLIP_LAYER = (
+    ("ln_1", "layer_norm1"),
+    ("ln_2", "layer_norm2"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
+    ("attn.out_proj", "self_attn.out_proj"),
+    # one tensor in the original: queries, keys and values, one below the other
+    *((f"attn.in_proj_{kind}", f"self_attn.{part}_proj.{kind}") for kind in ("weight", "bias") for part in "qkv"),
+)
 # Two other spellings that programs have left in original files: the VAE's attention under the names Diffusers used
 # before and after version 0.15, and text encoders without the `text_model` level.
 _VAE_SPELLINGS = {
@@ -56,45 +74,101 @@ _VAE_SPELLINGS = {
 _VAE_SPELLING = re.compile(rf"({re.escape(VAE_PREFIX)}(?:en|de)coder\.mid\.attn_1\.)(.+)(\.\w+)")
 _CLIP_SPELLING = re.compile(r"cond_stage_model\.transformer\.(?=embeddings\.|encoder\.|final_layer_norm\.)")
 
-# Tensors that no module uses: schedule tables, buffers that are computed anew, CLIP's unused output. They are kept and
-# written back. Averaged copies of the weights and parts of training losses are left out.
+# Tensors that no module uses: schedule tables, buffers that are computed anew, CLIP's unused outputs, markers. They are
+# kept and written back. Averaged copies of the weights and parts of training losses are left out.
 _CARRIED = re.compile(
-    r"(betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
+    rf"({V_PREDICTION_MARKER}|{ZERO_TERMINAL_SNR_MARKER}"
+    r"|betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
     r"|posterior_\w+|logvar|lvlb_weights|scale_factor|denoiser\.(log_)?sigmas"
-    r"|cond_stage_model\.transformer\.text_model\.embeddings\.position_ids"
-    r"|cond_stage_model\.(transformer\.)?(text_projection(\.weight)?|logit_scale))"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_model\.embeddings\.position_ids"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?(text_projection(\.weight)?|logit_scale)"
+    r"|cond_stage_model\.model\.(text_projection|logit_scale|attn_mask)"
+    r"|conditioner\.embedders\.1\.model\.(logit_scale|attn_mask))"
 )
 _DROPPED = ("model_ema.", "first_stage_model.loss.")
+
+
+class Place(NamedTuple):
+    """One tensor of an original file and what of a module it holds."""
+
+    key: str
+    """Its full name in the file."""
+    names: tuple[str, ...]
+    """The module's tensors: one, or several one after the other along the first dimension."""
+    turned: bool = False
+    """Whether it is the transpose of the module's."""
+    convolved: bool = False
+    """Whether it is the weight of a 1x1 convolution where the module has a linear layer."""
+
+    def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+        """Its shape, for the shapes of the module's tensors."""
+        first = tuple(shapes[self.names[0]])
+        if self.turned:
+            return first[::-1]
+        rows = sum(shapes[name][0] for name in self.names) if len(self.names) > 1 else None
+        joined = first if rows is None else (rows, *first[1:])
+        return (*joined, 1, 1) if self.convolved else joined
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The file's tensor, made of the module's."""
+        parts = [tensors[name] for name in self.names]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if self.turned:
+            return tensor.T
+        return tensor[..., None, None] if self.convolved else tensor
+
+    def divide(self, tensor: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """The module's tensors, made of the file's; several have memory of their own each."""
+        if self.turned:
+            tensor = tensor.T.contiguous()
+        if len(self.names) == 1:
+            return {self.names[0]: tensor.reshape(tuple(shapes[self.names[0]]))}
+        parts = tensor.split([shapes[name][0] for name in self.names])
+        return {name: part.clone() for name, part in zip(self.names, parts, strict=True)}
 
 
 class KeyMap:
     """The names of one network's tensors in an original file and in its module.
 
-    `pairs` are (original, module's) names of submodules; everything below a submodule is called the same on both sides.
-    `convolved` are the submodules (module's name) that are linear here and 1x1 convolutions in the original.
+    `pairs` are (original, module's) names of submodules or of single tensors; everything below a submodule is called
+    the same on both sides. Several tensors of the module with one original name are parts of it, in this order.
+    `convolved` are the submodules (module's name) that are linear here and 1x1 convolutions in the original, `turned`
+    the tensors (module's name) that are transposed there.
     """
 
-    def __init__(self, prefix: str, pairs: Pairs, convolved: Iterable[str] = ()):
+    def __init__(self, prefix: str, pairs: Pairs, convolved: Iterable[str] = (), turned: Iterable[str] = ()):
         self.prefix = prefix
-        self._to_original = {ours: original for original, ours in pairs}
-        self._convolved = frozenset(convolved)
-        assert len(set(self._to_original.values())) == len(self._to_original), "two submodules share one name"
+        self.pairs = tuple(pairs)
+        self._to_original = {ours: original for original, ours in self.pairs}
+        self._order = {ours: number for number, (_, ours) in enumerate(self.pairs)}
+        self._convolved, self._turned = frozenset(convolved), frozenset(turned)
 
     def original(self, name: str) -> str:
         """The full name in an original file of the module's tensor `name`. KeyError if there is no such name."""
+        head = self._head(name)
+        return self.prefix + self._to_original[head] + name[len(head) :]
+
+    def places(self, names: Iterable[str]) -> list[Place]:
+        """The tensors of an original file that hold these tensors of the module. KeyError for a name it has not."""
+        held: dict[str, list[str]] = {}
+        for name in names:
+            held.setdefault(self.original(name), []).append(name)
+        places = []
+        for key, parts in held.items():
+            parts.sort(key=lambda name: self._order[self._head(name)])
+            module, _, kind = parts[0].rpartition(".")
+            convolved = kind == "weight" and module in self._convolved
+            places.append(Place(key, tuple(parts), parts[0] in self._turned, convolved))
+        return places
+
+    def _head(self, name: str) -> str:
+        """The longest leading part of a name that the table has."""
         head = name
-        while head not in self._to_original:  # the longest leading part that is the name of a submodule
+        while head not in self._to_original:
             head, dot, _ = head.rpartition(".")
             if not dot:
                 raise KeyError(name)
-        return self.prefix + self._to_original[head] + name[len(head) :]
-
-    def original_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape in an original file of the module's tensor `name`, which has `shape` in the module."""
-        module, _, parameter = name.rpartition(".")
-        if parameter == "weight" and module in self._convolved:
-            return (*shape, 1, 1)
-        return tuple(shape)
+        return head
 
 
 def usual_spelling(key: str) -> str:
@@ -103,6 +177,11 @@ def usual_spelling(key: str) -> str:
         start, name, parameter = match.groups()
         return f"{start}{_VAE_SPELLINGS.get(name, name)}{parameter}"
     return _CLIP_SPELLING.sub(CLIP_PREFIX, key)
+
+
+def has_all(shapes: Shapes, *starts: str) -> bool:
+    """Whether, for each of `starts`, there is a name that begins with it."""
+    return all(any(key.startswith(start) for key in shapes) for start in starts)
 
 
 def is_carried(key: str) -> bool:
@@ -133,6 +212,8 @@ def unet_key_map(config: Mapping[str, Any]) -> KeyMap:
         ("middle_block.1", "mid_block.attentions.0"),
         *_below("middle_block.2", "mid_block.resnets.1", _UNET_RESNET),
     ]
+    if config.get("addition_embed_type"):  # SDXL: pooled text and sizes
+        pairs += [("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2")]
     for level, kind in enumerate(down):
         for layer in range(layers):
             block = f"input_blocks.{1 + level * (layers + 1) + layer}"
@@ -185,82 +266,24 @@ def vae_key_map(config: Mapping[str, Any]) -> KeyMap:
     return KeyMap(VAE_PREFIX, pairs, convolved)
 
 
-def clip_key_map() -> KeyMap:
+def clip_key_map(prefix: str = CLIP_PREFIX) -> KeyMap:
     """The names of a CLIPTextModel, whose parts are called the same in both layouts."""
-    return KeyMap(CLIP_PREFIX, [(part, part) for part in ("embeddings", "encoder", "final_layer_norm")])
+    return KeyMap(prefix, [(part, part) for part in ("embeddings", "encoder", "final_layer_norm")])
 
 
-def _count(shapes: Shapes, start: str) -> int:
-    """How many numbers 0, 1, 2 ... follow `start` in the names."""
-    numbers = {key[len(start) :].split(".", 1)[0] for key in shapes if key.startswith(start)}
-    count = 0
-    while str(count) in numbers:
-        count += 1
-    return count
-
-
-def unet_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments for UNet2DConditionModel, read off an original file's shapes. KeyError names a tensor that is missing.
-
-    Stable Diffusion 1's U-Net has 8 attention heads whatever its width, which Diffusers calls `attention_head_dim`; the
-    number of heads shows in no shape.
+def open_clip_key_map(prefix: str, layers: int, *, projects: bool = False) -> KeyMap:
+    """The names of a CLIPTextModel with so many layers in a file of OpenCLIP's, or, if it `projects`, of a
+    CLIPTextModelWithProjection.
     """
-    blocks = f"{UNET_PREFIX}input_blocks."
-    channels, attention, layers = [], [], [0]
-    for index in range(1, _count(shapes, blocks)):
-        if f"{blocks}{index}.0.op.weight" in shapes:
-            layers.append(0)
-            continue
-        layers[-1] += 1
-        if layers[-1] == 1:
-            channels.append(shapes[f"{blocks}{index}.0.out_layers.3.weight"][0])
-            attention.append(f"{blocks}{index}.1.norm.weight" in shapes)
-    middle = f"{UNET_PREFIX}middle_block.1."
-    first = shapes[f"{blocks}0.0.weight"]
-    return {
-        "in_channels": first[1],
-        "out_channels": shapes[f"{UNET_PREFIX}out.2.weight"][0],
-        "block_out_channels": tuple(channels),
-        "layers_per_block": layers[0],
-        "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)),
-        "cross_attention_dim": shapes[f"{middle}transformer_blocks.0.attn2.to_k.weight"][1],
-        "transformer_layers_per_block": _count(shapes, f"{middle}transformer_blocks."),
-        "attention_head_dim": 8,
-        "use_linear_projection": len(shapes[f"{middle}proj_in.weight"]) == 2,
-    }
-
-
-def vae_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments for AutoencoderKL, read off an original file's shapes. KeyError names a tensor that is missing."""
-    down = f"{VAE_PREFIX}encoder.down."
-    levels = _count(shapes, down)
-    return {
-        "in_channels": shapes[f"{VAE_PREFIX}encoder.conv_in.weight"][1],
-        "out_channels": shapes[f"{VAE_PREFIX}decoder.conv_out.weight"][0],
-        "latent_channels": shapes[f"{VAE_PREFIX}decoder.conv_in.weight"][1],
-        "block_out_channels": tuple(shapes[f"{down}{level}.block.0.conv1.weight"][0] for level in range(levels)),
-        "layers_per_block": _count(shapes, f"{down}0.block."),
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-    }
-
-
-def clip_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments for CLIPTextConfig, read off an original file's shapes. KeyError names a tensor that is missing.
-
-    Heads are 64 wide and the activation is the quick GELU in every CLIP text encoder of Stable Diffusion 1.
-    """
-    vocabulary, width = shapes[f"{CLIP_PREFIX}embeddings.token_embedding.weight"]
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": shapes[f"{CLIP_PREFIX}encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _count(shapes, f"{CLIP_PREFIX}encoder.layers."),
-        "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": shapes[f"{CLIP_PREFIX}embeddings.position_embedding.weight"][0],
-        "hidden_act": "quick_gelu",
-        "projection_dim": width,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-    }
+    start = "text_model." if projects else ""
+    pairs = [
+        ("token_embedding", f"{start}embeddings.token_embedding"),
+        ("positional_embedding", f"{start}embeddings.position_embedding.weight"),
+        ("ln_final", f"{start}final_layer_norm"),
+    ]
+    for layer in range(layers):
+        pairs += _below(f"transformer.resblocks.{layer}", f"{start}encoder.layers.{layer}", _OPEN_CLIP_LAYER)
+    projection = "text_projection.weight"
+    if projects:
+        pairs.append(("text_projection", projection))
+    return KeyMap(prefix, pairs, turned=[projection])

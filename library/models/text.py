@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from library.models.prompt_weights import BEGIN, CHUNK, END, chunks, split_weights, weight_chunks
 from library.transfer import to_device
@@ -86,6 +86,8 @@ class TextOptions:
     """The layer whose answer counts, from the last (1) on; None: the one the family was trained with."""
     weighted: bool = False
     """Whether weights in captions, as in `(word:1.3)`, are heeded in training."""
+    padded: bool = True
+    """Whether captions are filled up to the token length; else only to the longest of a batch. Needs one pass."""
 
 
 class Tokens(NamedTuple):
@@ -117,13 +119,21 @@ class Tokenizer:
             weights += [weight] * len(own)
         return ids, weights
 
-    def __call__(self, captions: Sequence[str], length: int = CHUNK, weighted: bool = False) -> Tokens:
-        """What does not fit into `length` tokens, a multiple of 75, is cut off."""
+    def __call__(
+        self, captions: Sequence[str], length: int = CHUNK, weighted: bool = False, padded: bool = True
+    ) -> Tokens:
+        """What does not fit into `length` tokens, a multiple of 75, is cut off. If they are not `padded`, rows of one
+        pass are no longer than the longest caption with its begin and end.
+        """
         if not weighted:
-            return Tokens(self._ids([self.words(caption) for caption in captions], length), None)
-        ids, weights = zip(*map(self.weighted_words, captions), strict=True)
-        rows = torch.tensor([weight_chunks(one, length) for one in weights], dtype=torch.float32)
-        return Tokens(self._ids(ids, length), None if (rows == 1).all() else rows)
+            ids, weights = [self.words(caption) for caption in captions], None
+        else:
+            ids, weights = zip(*map(self.weighted_words, captions), strict=True)
+        end = CHUNK + 2 if padded or length > CHUNK else min(max(map(len, ids)), length) + 2
+        if weights is not None:
+            weights = torch.tensor([weight_chunks(one, length) for one in weights], dtype=torch.float32)[..., :end]
+            weights = None if (weights == 1).all() else weights
+        return Tokens(self._ids(ids, length)[..., :end], weights)
 
     def _ids(self, words: Sequence[Sequence[int]], length: int) -> Tensor:
         return torch.tensor([chunks(ids, length, self.pad) for ids in words], dtype=torch.int64)
@@ -175,17 +185,38 @@ def _piece_report(text: str, tokenizer: Tokenizer, length: int) -> TokenReport:
     return TokenReport(len(places), cut if clean(cut) == rest else rest)
 
 
-class TextEncoder(nn.Module):
-    """A CLIP text encoder: ids (B, n, 77) -> hidden states (B, 75 x n + 2, width), through the final norm."""
+class Encoded(NamedTuple):
+    """What a text encoder says of captions of n chunks."""
 
-    def __init__(self, config: dict):
+    hidden: Tensor
+    """(B, 75 x n + 2, width): one vector per token."""
+    pooled: Tensor | None
+    """(B, projection width): one vector per caption, of encoders that project."""
+
+
+class TextEncoder(nn.Module):
+    """A CLIP text encoder: ids (B, n, 77) -> hidden states, through the final norm if `normalises`.
+
+    One that `projects` also gives the projection of its last, normed hidden state at the first end of the first chunk.
+    `config` are arguments of CLIPTextConfig.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, projects: bool = False, normalises: bool = True):
         super().__init__()
-        self.model = CLIPTextModel(CLIPTextConfig(**config))
+        kind = CLIPTextModelWithProjection if projects else CLIPTextModel
+        self.model = kind(CLIPTextConfig(**config))
+        self.projects = projects
+        self.normalises = normalises
+
+    @property
+    def clip(self) -> CLIPTextModel:
+        """The model but for its projection."""
+        return self.model.text_model if self.projects else self.model
 
     def rebuild_buffers(self, device: torch.device | str) -> None:
         """Make the position ids anew: no checkpoint fills them, so they are still on meta after loading."""
-        positions = self.model.config.max_position_embeddings
-        self.model.embeddings.position_ids = torch.arange(positions, device=device).expand((1, -1))
+        positions = self.clip.config.max_position_embeddings
+        self.clip.embeddings.position_ids = torch.arange(positions, device=device).expand((1, -1))
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute the layers' activations twice instead of keeping them; takes effect in training mode."""
@@ -193,21 +224,29 @@ class TextEncoder(nn.Module):
         new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
         getattr(self.model, new if hasattr(self.model, new) else old)()
 
-    def forward(self, ids: Tensor, layer: int = 1) -> Tensor:
+    def forward(self, ids: Tensor, layer: int = 1) -> Encoded:
         """`layer` is the one whose answer is taken, from the last (1) on."""
-        ids = to_device(ids, self.model.embeddings.token_embedding.weight.device)
+        ids = to_device(ids, self.clip.embeddings.token_embedding.weight.device)
         batch, count, _ = ids.shape
-        if layer == 1:
-            hidden = self.model(input_ids=ids.flatten(0, 1)).last_hidden_state
-        else:
-            hidden = self.model(input_ids=ids.flatten(0, 1), output_hidden_states=True).hidden_states[-layer]
-            hidden = self.model.final_layer_norm(hidden)
-        return joined(hidden.unflatten(0, (batch, count)))
+        inner = layer > 1 or not self.normalises
+        output = self.clip(input_ids=ids.flatten(0, 1), output_hidden_states=inner)
+        hidden = output.hidden_states[-layer] if inner else output.last_hidden_state
+        if inner and self.normalises:
+            hidden = self.clip.final_layer_norm(hidden)
+        pooled = self._pooled(output.last_hidden_state.unflatten(0, (batch, count)), ids) if self.projects else None
+        return Encoded(joined(hidden.unflatten(0, (batch, count))), pooled)
+
+    def _pooled(self, last: Tensor, ids: Tensor) -> Tensor:
+        """(B, n, 77, width) and (B, n, 77) -> (B, projection width). The end is found by its id, since added words have
+        larger ones.
+        """
+        end = (ids[:, 0] == END).int().argmax(dim=-1)
+        return self.model.text_projection(last[torch.arange(len(last), device=last.device), 0, end])
 
     @property
     def layers(self) -> int:
         """How many there are."""
-        return self.model.config.num_hidden_layers
+        return self.clip.config.num_hidden_layers
 
 
 def joined(passes: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from library.options.optimizer import OptimizerOptions
 from library.options.precision import PrecisionOptions
 from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
+from library.options.sdxl import SdxlOptions
 from library.options.training import TrainingOptions
 
 # What every training script takes, in the order of its --help.
@@ -46,6 +47,7 @@ __all__ = [
     "PrecisionOptions",
     "PreviewOptions",
     "SaveOptions",
+    "SdxlOptions",
     "Settings",
     "TrainingOptions",
     "option",

@@ -14,10 +14,9 @@ class CacheToolOptions:
     title: ClassVar[str] = "caching ahead"
 
     skip_existing: bool = option(False, "trust the files that are there without looking into them")
-    sdxl: bool = option(False, "the model is an SDXL model, which is not supported here")
+    sdxl: bool = option(False, "the model is an SDXL model; recognised without it, too")
     flux: bool = option(False, "the model is a FLUX model, which is not supported here")
 
     def __post_init__(self) -> None:
-        for name, title in (("sdxl", "SDXL"), ("flux", "FLUX")):
-            if getattr(self, name):
-                raise UserError(f"--{name}: {title} models are not supported here: give a Stable Diffusion 1.x model")
+        if self.flux:
+            raise UserError("--flux: FLUX models are not supported, give a Stable Diffusion 1.x, 2.x or SDXL model")

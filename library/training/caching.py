@@ -17,13 +17,13 @@ from library.data.config import DatasetConfig, check_resolutions
 from library.data.records import NOTHING_DECODES, RecordTable, check_buckets, scan
 from library.errors import UserError, some
 from library.models.family import Family
-from library.models.registry import ModelInfo, inspect_model
+from library.models.registry import ModelInfo
 from library.options.base import Settings
 from library.options.cache import CacheOptions
-from library.options.model import ModelOptions
 from library.options.precision import PrecisionOptions
 from library.options.saving import SaveOptions
 from library.training import precision
+from library.training.base_model import inspect_for_tool
 from library.training.hardware import settle_precision
 
 
@@ -73,7 +73,7 @@ def cache_ahead(settings: Settings, datasets: Sequence[DatasetConfig], *, skip_c
     """
     rank, world = console.rank(), int(os.environ.get("WORLD_SIZE", "1"))
     device = _own_device()
-    info = inspect_model(settings[ModelOptions].pretrained_model_name_or_path)
+    info = inspect_for_tool(settings)
     check_resolutions(datasets, info.latents.step)
     table = scan(datasets)
     check_buckets(table, datasets, info.latents.step)

@@ -1,11 +1,9 @@
 """From settings to a finished run: everything is prepared here, in the order in which it depends on each other."""
 
 import secrets
-import time
 
-import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from library import console
@@ -15,7 +13,6 @@ from library.data.plan import PlanSampler, RunPlan
 from library.data.records import RecordTable, check_buckets
 from library.data.report.chart import chart
 from library.data.report.summary import summarise
-from library.models.registry import inspect_model
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
@@ -27,9 +24,10 @@ from library.options.precision import PrecisionOptions
 from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
 from library.options.training import TrainingOptions
-from library.training import events, precision, tracking
+from library.training import events, tracking
+from library.training.accelerator import make_accelerator
+from library.training.base_model import Script, inspect_base_model, prediction_for
 from library.training.caching import plan_for_run
-from library.training.hardware import settle_precision
 from library.training.inspection import show_dataset
 from library.training.methods.base import Method, ParameterGroup
 from library.training.movement import Movement
@@ -49,15 +47,16 @@ from library.training.text_caching import text_options
 from library.training.trainer import seed_generators, train
 
 
-def launch(settings: Settings, plans: Plans, method: Method) -> None:
+def launch(settings: Settings, plans: Plans, method: Method, script: Script) -> None:
     """Prepare everything in the order of its dependencies, then train."""
-    training, model_file = settings[TrainingOptions], settings[ModelOptions].pretrained_model_name_or_path
-    info = inspect_model(model_file)
+    training = settings[TrainingOptions]
+    info = inspect_base_model(settings, script)
+    prediction = prediction_for(settings[ModelOptions], info)
     check_resolutions(plans.datasets, info.latents.step)
     check_optimizer(settings[OptimizerOptions])
 
     # Records and plan: what every step will see.
-    accelerator, formats = make_accelerator(settings)
+    accelerator, formats = make_accelerator(settings, info.family)
     seed = settle_seed(training.seed, accelerator)
     table, plan = plan_run(training, plans, seed, accelerator)
     check_buckets(table, plans.datasets, info.latents.step)
@@ -71,6 +70,7 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
     caching = plan_for_run(settings[CacheOptions], info, table, plans.datasets)
     cached = caching is not None and not caching.missing
     model = info.load(formats.frozen, accelerator.device, formats.vae, vae_device="cpu" if cached else None)
+    model.prediction = prediction
     model.read_captions(text_options(settings[ModelOptions]))
     caches = prepare_caches(settings[CacheOptions], caching, info, model, table, plans.datasets, accelerator)
     seed_generators(seed, "first weights")
@@ -93,9 +93,7 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
     loader = load_batches(settings, plans, plan, caches, info.latents.factor, progress, accelerator)
     summary = summarise(table, plans.datasets, plan, training.total_steps)
     accelerator.print(before_training(summary, progress, groups, accelerator))
-    provenance = Provenance(
-        method, settings, seed, formats.mixed, info, model.noise_process(), table, plans.datasets, plan, optimizer
-    )
+    provenance = Provenance(method, settings, seed, formats.mixed, info, model, table, plans.datasets, plan, optimizer)
     tracker = tracking.start(settings[LogOptions], method.log_name, accelerator, progress)
     tracker.log_text("dataset", summary.markdown())
     tracker.log_pictures({"dataset": chart(summary)}, progress.step)
@@ -132,29 +130,6 @@ def launch(settings: Settings, plans: Plans, method: Method) -> None:
     del root, stepper
     accelerator.free_memory()
     accelerator.end_training()
-
-
-def make_accelerator(settings: Settings) -> tuple[Accelerator, precision.Precision]:
-    """The processes and the device, with the precision that they can train in."""
-    folder = tracking.log_folder(settings[LogOptions], time.localtime())
-    wanted = settings[PrecisionOptions].mixed_precision
-    # accelerate must be told that there is nothing but the CPU: else two processes there never learn of each other
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    mixed = settle_precision(wanted, PartialState(cpu).device)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=mixed,
-        log_with="tensorboard" if folder else None,
-        project_dir=folder,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False,  # they are constants here
-                find_unused_parameters=(settings[ModelOptions].clip_skip or 1) > 1,  # those of the layers skipped
-            )
-        ],
-    )
-    console.setup(folder and folder / "messages.log")
-    return accelerator, precision.choose(settings[PrecisionOptions], settings[SaveOptions], mixed)
 
 
 def plan_run(

@@ -4,9 +4,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from library import console
 from library.data.config import BOTH_KINDS, DatasetConfig, check_combinations, load_datasets
 from library.errors import UserError, suggest_path
 from library.generation.prompts import PromptLine, read_prompts
+from library.models.files.hub import looks_like_hub_id
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
@@ -30,7 +32,7 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
 
     `kinds` of subsets are what the script takes.
     """
-    check_model(settings[ModelOptions].pretrained_model_name_or_path)
+    check_model(settings[ModelOptions])
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
     check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
     prompts = check_prompts(settings[PreviewOptions])
@@ -43,20 +45,25 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
 
 def check_caching(settings: Settings, caching: CacheOptions) -> tuple[DatasetConfig, ...]:
     """The datasets for which a tool fills the caches of `caching`; UserError as above."""
-    check_model(settings[ModelOptions].pretrained_model_name_or_path)
+    check_model(settings[ModelOptions])
     datasets = load_datasets(settings[DatasetOptions], settings.given)
     check_combinations(datasets, caching, trains_text_encoder=False)
     return datasets
 
 
-def check_model(path: str | None) -> None:
-    """A model must be named and be a file. What is in it is looked at later."""
+def check_model(options: ModelOptions) -> None:
+    """A model must be named, and be there or look like one of the hub. What is in it is looked at later."""
+    path = options.pretrained_model_name_or_path
     if not path:
-        raise UserError("no model to train on: give --pretrained_model_name_or_path a .safetensors or .ckpt file")
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder, but --pretrained_model_name_or_path takes a .safetensors or .ckpt file")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: there is no such model file{suggest_path(Path(path), MODEL_SUFFIXES)}")
+        raise UserError(
+            "no model to train on: give --pretrained_model_name_or_path a .safetensors or .ckpt file, a Diffusers "
+            "folder, or owner/name of the hub"
+        )
+    for flag, name in (("--pretrained_model_name_or_path", path), ("--vae", options.vae)):
+        if name and not os.path.exists(name) and not looks_like_hub_id(name):
+            raise UserError(f"{flag}: {name} does not exist{suggest_path(Path(name), MODEL_SUFFIXES)}")
+    if options.tokenizer_cache_dir:
+        console.notice("--tokenizer_cache_dir has no effect: the tokenizers come with this program")
 
 
 def make_writable(flag: str, name: str) -> Path:

@@ -3,7 +3,6 @@
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -12,9 +11,9 @@ from library.data.config import DatasetConfig
 from library.data.plan import RunPlan
 from library.data.records import RecordTable
 from library.data.report.metadata_facts import dataset_metadata
+from library.models.family import Family
 from library.models.metadata import BaseModel, RunFacts
-from library.models.noise import NoiseProcess
-from library.models.registry import ModelInfo
+from library.models.registry import ModelInfo, public_name
 from library.options.base import Settings
 from library.training.methods.base import Method
 from library.training.state import Progress
@@ -36,7 +35,7 @@ class Provenance:
         seed: int,
         mixed_precision: str,
         info: ModelInfo,
-        noise: NoiseProcess,
+        model: Family,
         table: RecordTable,
         datasets: Sequence[DatasetConfig],
         plan: RunPlan,
@@ -45,7 +44,7 @@ class Provenance:
         self.method = method
         self.settings = settings.flat() | {"seed": seed, "mixed_precision": mixed_precision}
         self.info = info
-        self.prediction_type = noise.prediction_type
+        self.model = model
         self.datasets = datasets
         self.dataset_fields = dataset_metadata(table, datasets, plan)
         self.world = plan.world
@@ -59,11 +58,13 @@ class Provenance:
     def __call__(self, progress: Progress) -> dict[str, str]:
         batch_sizes = [dataset.batch_size for dataset in self.datasets]
         base = BaseModel(
-            name=Path(self.info.path).name,
+            name=public_name(self.info.name),
             version=self.info.family.base_model_version,
-            architecture=self.info.family.architecture,
-            prediction_type=self.prediction_type,
+            architecture=self.model.architecture,
+            prediction=self.model.prediction,
             hashes=self.info.hashes,
+            vae=self.info.vae and public_name(self.info.vae),
+            vae_hashes=self.info.vae_hashes,
         )
         facts = RunFacts(
             base=base,

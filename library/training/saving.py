@@ -56,7 +56,7 @@ class Saver:
     def _save(self, stem: str, progress: Progress) -> None:
         if not self.accelerator.is_main_process:
             return
-        path = self.target.with_name(f"{stem}.{self.options.save_model_as}")
+        path = self.target.with_name(stem)
         self.tracker.require_finite_losses()
         with self.method.published_weights():
             if not all_finite(self.trained):
@@ -64,7 +64,7 @@ class Saver:
                     f"the weights are no longer finite after step {progress.step}, so {path} is not written: lower the "
                     "learning rate"
                 )
-            self.method.save(path, self.dtype, self.describe(progress))
+            path = self.method.save(path, self.options.save_model_as, self.dtype, self.describe(progress))
         notice(f"saved {path}")
 
 

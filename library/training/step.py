@@ -40,7 +40,7 @@ class TrainingStep(nn.Module):
     def losses(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(B,) float32 for scaled latents and noise (B, C, h, w) and timesteps (B,) of the caller's choice."""
         text = self.model.encode_text(batch.captions) if batch.text is None else batch.text
-        condition = self.model.condition(text, batch)
+        condition = self.model.condition(text, batch.sizes)
         noisy = self.noise.add_noise(latents, noise, timesteps)
         prediction = self.model.denoise(noisy, timesteps, condition)
         target = self.noise.target(latents, noise, timesteps)

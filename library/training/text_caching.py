@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from library.data.caching.text_cache import TextFiles, TextLayout, write_text_files
@@ -13,12 +12,13 @@ from library.data.records import scan
 from library.errors import UserError, some
 from library.models.family import Family
 from library.models.prompt_weights import CHUNK
-from library.models.registry import ModelInfo, inspect_model
+from library.models.registry import ModelInfo
 from library.models.text import TextOptions
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.model import ModelOptions
-from library.training.precision import Precision
+from library.training.accelerator import make_accelerator
+from library.training.base_model import inspect_for_tool
 
 
 def text_options(options: ModelOptions) -> TextOptions:
@@ -39,8 +39,6 @@ def text_layout(info: ModelInfo, text: TextOptions) -> TextLayout:
 def cache_text_ahead(
     settings: Settings,
     datasets: Sequence[DatasetConfig],
-    accelerator: Accelerator,
-    formats: Precision,
     *,
     skip_check: bool,
 ) -> None:
@@ -50,7 +48,8 @@ def cache_text_ahead(
     written.
     """
     options = settings[CacheOptions]
-    info = inspect_model(settings[ModelOptions].pretrained_model_name_or_path)
+    info = inspect_for_tool(settings)
+    accelerator, formats = make_accelerator(settings, info.family)
     text = text_options(settings[ModelOptions])
 
     @cache

@@ -38,8 +38,10 @@ class Method(ABC):
         """The trained parameters, each in one group."""
 
     @abstractmethod
-    def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-        """Write the trained part as users load it. The file appears under its name only when it is whole."""
+    def save(self, stem: Path, kind: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> Path:
+        """Write the trained part as users load it, as `stem` with the ending of its format `kind`, one of
+        --save_model_as; returns the file or folder. It appears under its name only when it is whole.
+        """
 
     @abstractmethod
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:

@@ -19,9 +19,10 @@ from torch import nn
 
 from library.data.batch import Batch
 from library.errors import UserError
-from library.models.checkpoint import open_weights, stores_metadata, write_tensors
-from library.models.family import AttachPoints, Family
+from library.models.family import Family
+from library.models.files.checkpoint import open_weights, stores_metadata, write_tensors
 from library.models.metadata import RunFacts, network_hashes, network_metadata
+from library.models.views import AttachPoints
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
 from library.training.methods.base import Method, ParameterGroup
@@ -115,8 +116,9 @@ class NetworkMethod(Method):
             self.network.set_multiplier(multiplier)
             self.multiplier = multiplier
 
-    def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    def save(self, stem: Path, kind: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> Path:
         """The network writes its file aside, for what it puts there is its own affair; ours is hashed and whole."""
+        path = stem.with_name(f"{stem.name}.{kind}")
         try:
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
                 draft = Path(folder) / f"network{path.suffix}"
@@ -128,6 +130,7 @@ class NetworkMethod(Method):
         if stores_metadata(path):
             metadata = {**metadata, **network_hashes(tensors, None, metadata)}
         write_tensors(path, tensors, None, metadata)
+        return path
 
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
         own = {"network_dim": self.options.rank, "network_args": self.options.network_keywords}

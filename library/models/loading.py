@@ -1,0 +1,161 @@
+"""Weights from files into modules: each tensor is read once, straight into its place, in the precision asked for."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from library import console
+from library.errors import UserError, some
+from library.models.family import Family
+from library.models.files.checkpoint import WeightsFile
+from library.models.prediction import MARKERS
+from library.models.sgm_keys import VAE_PREFIX, KeyMap, is_dropped, usual_spelling
+
+
+def load_vae(
+    family: type[Family],
+    file: WeightsFile,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Family:
+    """A model whose autoencoder is read, in evaluation mode, and nothing else: its other weights are nowhere.
+
+    UserError if the file's autoencoder is not complete.
+    """
+    model = _outline(family, file)
+    component = model.components()["vae"]
+    _fill(component.module, component.names, file, _usual_keys(file), dtype=dtype, device=device)
+    _assert_materialised(model.vae)
+    return model.eval()
+
+
+def load(
+    family: type[Family],
+    file: WeightsFile,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    vae_dtype: torch.dtype | None = None,
+    vae_device: torch.device | str | None = None,
+) -> Family:
+    """Read a model, in evaluation mode; `vae_dtype` and `vae_device` are the autoencoder's if they differ. Without
+    `dtype` each tensor keeps the number format it is stored in, to be written again.
+
+    Averaged copies of the weights and parts of losses are left out, and counted. UserError if the file is not a
+    complete model of this family, or holds tensors that none has.
+    """
+    model = _outline(family, file)
+    keys = _usual_keys(file)
+    rest = sorted(keys.keys() - model.tensors().keys())
+    dropped = [name for name in rest if is_dropped(name)]
+    unknown = [keys[name] for name in rest if not is_dropped(name) and not model.carries(name)]
+    if unknown:
+        raise UserError(f"{file.path} holds tensors that no {family.title} model has: {some(unknown)}")
+    if dropped:
+        console.notice(f"{file.path}: {len(dropped)} tensors of its training (averaged weights, losses) are left out")
+    for module, names in model.components().values():
+        special = (vae_dtype or dtype, vae_device or device) if module is model.vae else (dtype, device)
+        _fill(module, names, file, keys, dtype=special[0], device=special[1])
+    for name in rest:
+        # what it predicts is the model's own to say, and may change
+        if not is_dropped(name) and name not in MARKERS:
+            # position ids and tables of the noise schedule are no weights
+            weight = name.startswith(family.text_outputs.prefixes) and not name.endswith("position_ids")
+            model.carried[name] = file.get(keys[name], dtype if weight else None)
+    _repair_position_ids(model, file)
+    model.rebuild_buffers(device)
+    _assert_materialised(model)
+    return model.eval()
+
+
+def usual_shapes(file: WeightsFile) -> dict[str, tuple[int, ...]]:
+    """The shapes in a file by the layout's own names."""
+    return {usual_spelling(key): shape for key, shape in file.shapes().items()}
+
+
+def _usual_keys(file: WeightsFile) -> dict[str, str]:
+    return {usual_spelling(key): key for key in file.keys()}  # noqa: SIM118 - a file is no mapping
+
+
+def _outline(family: type[Family], file: WeightsFile) -> Family:
+    """The model that a file holds, on the meta device."""
+    with torch.device("meta"), complete(family, file):
+        model = family.build(usual_shapes(file), file.configs)
+    text, unet = sum(encoder.clip.config.hidden_size for encoder in model.text_encoders), model.unet.config
+    if text != unet.cross_attention_dim:
+        raise UserError(
+            f"{file.path} does not fit together: its text encoder gives {text} values a token, its U-Net reads "
+            f"{unet.cross_attention_dim}"
+        )
+    return model
+
+
+def _fill(
+    module: nn.Module,
+    names: KeyMap,
+    file: WeightsFile,
+    keys: Mapping[str, str],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Fill a module built on the meta device from an original file.
+
+    `keys` maps the layout's own names to the file's. UserError names the first tensors that are missing or have another
+    shape than the module's.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    missing, misshapen = [], []
+    for place in names.places(shapes):
+        if place.key not in keys:
+            missing.append(place.key)
+            continue
+        key, shape = keys[place.key], place.shape(shapes)
+        if _without_trailing_ones(file.shape(key)) != _without_trailing_ones(shape):
+            misshapen.append(f"{key} has shape {file.shape(key)}, not {shape}")
+        elif not missing and not misshapen:
+            parts = place.divide(file.get(key, dtype), shapes)
+            state |= {name: part.to(device) for name, part in parts.items()}
+    if missing and all(name.startswith(VAE_PREFIX) for name in missing) and len(missing) == len(shapes):
+        raise UserError(f"{file.path} has no autoencoder: name a file that has one with --vae")
+    if missing:
+        raise UserError(f"{file.path} lacks {some(missing)}: it is not a complete Stable Diffusion model")
+    if misshapen:
+        raise UserError(f"{file.path} does not fit together: {some(misshapen)}")
+    module.load_state_dict(state, assign=True)
+
+
+def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Linear and 1x1 convolution weights hold the same numbers."""
+    return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
+
+
+def _repair_position_ids(model: Family, file: WeightsFile) -> None:
+    """Position ids count from 0; merging in low precision has broken them in many files. No module reads them."""
+    for name, tensor in model.carried.items():
+        right = torch.arange(tensor.numel()).reshape(tensor.shape)
+        if name.endswith("position_ids") and not torch.equal(tensor.double(), right.double()):
+            console.warn(f"{file.path}: its position ids are damaged, as by a merge; the right ones are used and saved")
+            model.carried[name] = right
+
+
+def _assert_materialised(module: nn.Module) -> None:
+    """No parameter or buffer may be left on the meta device: computing with one gives garbage without an error."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    assert not left, f"never filled: {some(left)}"
+
+
+@contextmanager
+def complete(family: type[Family], file: WeightsFile) -> Iterator[None]:
+    """Say which tensor is missing where shapes are read off a file."""
+    try:
+        yield
+    except KeyError as error:
+        if str(error.args[0]).startswith(VAE_PREFIX) and not any(
+            key.startswith(VAE_PREFIX) for key in usual_shapes(file)
+        ):
+            raise UserError(f"{file.path} has no autoencoder: name a file that has one with --vae") from error
+        raise UserError(f"{file.path} lacks {error.args[0]}: it is not a complete {family.title} model") from error

@@ -1,0 +1,163 @@
+"""Models written as Diffusers folders: what Diffusers makes of them, and what comes back."""
+
+import dataclasses
+import json
+import os
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from library.errors import UserError
+from library.generation.paint import paint
+from library.generation.prompts import PromptLine
+from library.models import diffusers_writer
+from library.models.diffusers_writer import scheduler, write_folder
+from library.models.files.safetensors_file import SafetensorsFile
+from library.models.noise import Prediction
+from library.models.registry import load_model
+from tests.pipelines import picture_of, pixels
+from tests.tiny import make_model
+
+REQUEST = PromptLine("hi! a red circle", "blue", width=32, height=48, seed=3, scale=5.0, sample_steps=6)
+SAMPLERS = {"sd1": "pndm", "sd2": "ddim", "sdxl": "euler"}
+CARRIED = {
+    "sd1": {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]},
+    "sd2": {},  # the unused layer, which `make_model` puts there
+    "sdxl": {"conditioner.embedders.1.model.logit_scale": torch.tensor(4.5)},
+}
+
+
+def published(family):
+    """A model that carries what its files hold besides."""
+    model = make_model(family)
+    model.carried |= CARRIED[family]
+    return model
+
+
+def pipeline_at(folder, **arguments):
+    """What a user's first line with Diffusers loads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("family", SAMPLERS)
+def test_diffusers_paints_the_picture_we_paint(tmp_path, family):
+    model = published(family)
+    write_folder(model, tmp_path / "model")
+    pipeline = pipeline_at(tmp_path / "model")
+    for request in (REQUEST, dataclasses.replace(REQUEST, negative_prompt=None)):
+        ours = pixels(paint(model, request, default_sampler=SAMPLERS[family]))
+        assert np.ptp(ours) > 20, "there must be a picture to compare"
+        assert np.abs(ours - picture_of(pipeline, request)).max() <= 1
+
+
+@pytest.mark.parametrize("family", SAMPLERS)
+def test_a_model_comes_back_bit_for_bit(tmp_path, fresh_console, capsys, family):
+    model = published(family)
+    model.save(tmp_path / "file.safetensors")
+    write_folder(model, tmp_path / "model")
+    load_model(tmp_path / "model").save(tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "file.safetensors").read_bytes()
+    assert capsys.readouterr().err == ""
+
+
+def test_half_precision_pickled_folders_paint_with_default_arguments(tmp_path):
+    write_folder(make_model("sdxl"), tmp_path / "model", torch.float16, safetensors=False)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    pipeline = pipeline_at(tmp_path / "model")
+    assert {module.dtype for module in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)} == {
+        torch.float32
+    }
+    half = pipeline_at(tmp_path / "model", torch_dtype=torch.float16)
+    assert half.text_encoder_2.dtype == torch.float16
+    assert torch.equal(half.unet.conv_in.weight.float(), pipeline.unet.conv_in.weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction", "kind"),
+    [
+        ("sd1", Prediction(), "PNDMScheduler"),
+        ("sd1", Prediction("v_prediction"), "DDIMScheduler"),
+        ("sd2", Prediction("v_prediction", zero_terminal_snr=True), "DDIMScheduler"),
+        ("sd2", Prediction(zero_terminal_snr=True), "EulerDiscreteScheduler"),
+        ("sdxl", Prediction("v_prediction"), "EulerDiscreteScheduler"),
+    ],
+)
+def test_the_scheduler_fits_what_is_predicted_and_is_read_back(tmp_path, family, prediction, kind):
+    model = make_model(family)
+    model.prediction = prediction
+    assert scheduler(model)["_class_name"] == kind
+    write_folder(model, tmp_path / "model")
+    assert load_model(tmp_path / "model").prediction == prediction
+    pipeline = pipeline_at(tmp_path / "model")
+    assert type(pipeline.scheduler).__name__ == kind
+    assert pipeline.scheduler.config.prediction_type == prediction.kind
+    picture = picture_of(pipeline, REQUEST)
+    if kind == "DDIMScheduler":
+        assert np.abs(picture - pixels(paint(model, REQUEST))).max() <= 1
+
+
+def test_components_say_their_own_sizes_and_what_overflows(tmp_path):
+    model = make_model("sd2")
+    model.prediction = Prediction("v_prediction")
+    write_folder(model, tmp_path / "v", metadata={"ss_steps": "3", "modelspec.hash_sha256": "0x" + "0" * 64})
+    unet = json.loads((tmp_path / "v/unet/config.json").read_text())
+    assert unet["sample_size"] == 768 // model.latents.factor
+    assert unet["upcast_attention"] is True
+    write_folder(make_model("sdxl"), tmp_path / "sdxl")
+    vae = json.loads((tmp_path / "sdxl/vae/config.json").read_text())
+    assert (vae["scaling_factor"], vae["force_upcast"], vae["sample_size"]) == (0.13025, True, 1024)
+    with SafetensorsFile(tmp_path / "v/text_encoder/model.safetensors") as file:
+        file.verify()
+        assert {"format": "pt", "ss_steps": "3"}.items() <= file.metadata.items()
+        assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118 - a file is no mapping
+
+
+def test_damage_to_a_part_is_noticed(tmp_path):
+    write_folder(make_model(), tmp_path / "model")
+    file = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="unet/diffusion_pytorch_model"):
+        load_model(tmp_path / "model")
+
+
+def test_an_older_model_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    write_folder(make_model(), folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def full_disk(path, *_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusers_writer, "_write_tokenizer", full_disk)
+        with pytest.raises(UserError, match="model cannot be written: No space left"):
+            write_folder(make_model("sdxl"), folder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "model.tmp").mkdir()
+    (tmp_path / "model.tmp" / "half").write_text("")  # of a run that was killed
+    os.replace(folder, tmp_path / "model.replaced.tmp")  # and of one between its last two steps
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusers_writer, "_write_tokenizer", full_disk)
+        with pytest.raises(UserError):
+            write_folder(make_model("sdxl"), folder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    write_folder(make_model("sdxl"), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (folder / "text_encoder_2").is_dir()
+
+
+def test_other_folders_are_not_replaced(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"")
+    with pytest.raises(UserError, match="other things in it"):
+        write_folder(make_model(), tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        write_folder(make_model(), tmp_path / "photo.png")

@@ -1,0 +1,149 @@
+"""--vae: where the autoencoder of a model may come from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.models.files.checkpoint import hash_file, open_weights, write_tensors
+from library.models.registry import inspect_model
+from library.models.sgm_keys import VAE_PREFIX
+from tests import tiny
+
+WIDE = {"vae_config": {"block_out_channels": (32, 64)}}
+
+
+def all_of(path: Path) -> dict[str, Tensor]:
+    with open_weights(path) as file:
+        return {key: file.get(key) for key in file.keys()}  # noqa: SIM118 - a file is no mapping
+
+
+@pytest.fixture(scope="module")
+def other() -> dict[str, Tensor]:
+    """An autoencoder of another size than the models' own, under its names in a complete file."""
+    tensors = tiny.make_model(**WIDE).tensors()
+    return {key: tensor for key, tensor in tensors.items() if key.startswith(VAE_PREFIX)}
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> Path:
+    write_tensors(path, tensors)
+    return path
+
+
+def complete_file(folder: Path, other: dict[str, Tensor]) -> Path:
+    return tiny.save_model(folder / "complete.safetensors", "sd2", **WIDE)
+
+
+def original_file(folder: Path, other: dict[str, Tensor]) -> Path:
+    named = {key.removeprefix(VAE_PREFIX): tensor for key, tensor in other.items()}
+    return write(folder / "vae.safetensors", named | {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.ones(1)})
+
+
+def diffusers_file(folder: Path, other: dict[str, Tensor]) -> Path:
+    return write(folder / "diffusion_pytorch_model.safetensors", tiny.make_model(**WIDE).vae.state_dict())
+
+
+def older_diffusers_file(folder: Path, other: dict[str, Tensor]) -> Path:
+    """Attention as Diffusers called it until version 0.15."""
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for key, tensor in tiny.make_model(**WIDE).vae.state_dict().items():
+        for new, old in names.items():
+            key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        tensors[key] = tensor
+    assert any(".query." in key for key in tensors)
+    return write(folder / "older.safetensors", tensors)
+
+
+def pickled_file(folder: Path, other: dict[str, Tensor]) -> Path:
+    named = {key.removeprefix(VAE_PREFIX): tensor for key, tensor in other.items()}
+    torch.save({"epoch": 3, "state_dict": named | {"loss.logvar": torch.zeros(())}}, folder / "vae.ckpt")
+    return folder / "vae.ckpt"
+
+
+SOURCES = (complete_file, original_file, diffusers_file, older_diffusers_file, pickled_file)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_autoencoder_comes_from_the_other_file(tmp_path, model_files, other, source):
+    path = source(tmp_path, other)
+    own, info = inspect_model(model_files("sd1")), inspect_model(model_files("sd1"), path)
+    tensors = info.load().tensors()
+    assert tensors.keys() == own.load().tensors().keys() | other.keys()
+    assert all(torch.equal(tensors[key], other[key]) for key in other)
+    unchanged = {key: tensor for key, tensor in own.load().tensors().items() if not key.startswith(VAE_PREFIX)}
+    assert all(torch.equal(tensors[key], unchanged[key]) for key in unchanged)
+    assert info.vae_fingerprint != own.vae_fingerprint
+    assert info.text_fingerprint == own.text_fingerprint
+    assert (info.hashes, info.vae_hashes) == (own.hashes, hash_file(path))
+    alone = info.load_vae().components()["vae"].module
+    whole = info.load().vae.state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in alone.state_dict().items())
+
+
+def test_all_sources_are_the_same_autoencoder(tmp_path, model_files, other):
+    """Latents cached with one are good for the others."""
+    found = {inspect_model(model_files("sd1"), source(tmp_path, other)).vae_fingerprint for source in SOURCES}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_a_file_without_an_autoencoder_needs_one(tmp_path, model_files, other, family):
+    tensors = {key: tensor for key, tensor in all_of(model_files(family)).items() if not key.startswith(VAE_PREFIX)}
+    path = write(tmp_path / "bare.safetensors", tensors)
+    with pytest.raises(UserError) as error:
+        inspect_model(path)
+    assert str(error.value) == f"{path} has no autoencoder: name a file that has one with --vae"
+    info = inspect_model(path, original_file(tmp_path, other))
+    assert info.latents.factor == 2
+    model = info.load()
+    assert model.tensors().keys() == tensors.keys() | other.keys()
+    scale = 0.13025 if family == "sdxl" else 0.18215
+    assert (info.latents.scale, model.latents.scale) == (scale, scale), "the model's, whatever the file's"
+
+
+def test_a_file_with_a_part_of_an_autoencoder_is_not_complete(tmp_path, model_files, other):
+    key = f"{VAE_PREFIX}decoder.conv_out.bias"
+    less = {name: tensor for name, tensor in all_of(model_files("sd1")).items() if name != key}
+    with pytest.raises(UserError, match=f"less.safetensors lacks {key}"):
+        inspect_model(write(tmp_path / "less.safetensors", less)).load()
+    named = {name.removeprefix(VAE_PREFIX): tensor for name, tensor in other.items() if name != key}
+    with pytest.raises(UserError, match=r"lacks .*decoder\.conv_out\.bias"):
+        inspect_model(model_files("sd1"), write(tmp_path / "vae.safetensors", named)).load()
+
+
+@pytest.mark.parametrize(
+    "key", ["lora_unet_x.lora_down.weight", "down_blocks.0.resnets.0.conv1.weight", "encoder.conv_in.weight"]
+)
+def test_another_kind_of_file_is_no_autoencoder(tmp_path, model_files, key):
+    path = write(tmp_path / "x.safetensors", {key: torch.zeros(4, 4)})
+    with pytest.raises(UserError) as error:
+        inspect_model(model_files("sd1"), path)
+    assert str(error.value) == f"--vae: {path} holds no autoencoder of Stable Diffusion"
+
+
+def test_a_missing_file_is_named_with_its_flag(tmp_path, model_files):
+    with pytest.raises(UserError, match=f"^--vae: {tmp_path / 'vae.pt'} does not exist"):
+        inspect_model(model_files("sd1"), tmp_path / "vae.pt")
+
+
+def test_an_autoencoder_of_other_latents_does_not_fit(tmp_path, model_files):
+    wide = tiny.make_model(vae_config={"latent_channels": 16}).tensors()
+    named = {key: tensor for key, tensor in wide.items() if key.startswith(VAE_PREFIX)}
+    path = write(tmp_path / "vae16.safetensors", named)
+    with pytest.raises(UserError, match=f"^{path} does not fit: its autoencoder's latents have 16 channels"):
+        inspect_model(model_files("sd1"), path)
+
+
+def test_latents_are_made_with_it_and_the_lora_names_it(train, flags, tmp_path, other):
+    vae = original_file(tmp_path, other)
+    train(flags(tmp_path / "own", max_train_steps=1))
+    train(flags(tmp_path / "other", max_train_steps=1, vae=vae))
+    own, changed = (tmp_path / name / "run.safetensors" for name in ("own", "other"))
+    assert tiny.largest_difference(own, changed) > 0
+    with open_weights(changed) as file:
+        told = {name: value for name, value in file.metadata.items() if "vae" in name}
+    hashes = hash_file(vae)
+    assert told == {"ss_vae_name": vae.name, "ss_vae_hash": hashes.legacy, "ss_new_vae_hash": hashes.sha256}
