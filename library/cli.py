@@ -99,9 +99,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(groups: Sequence[type], description: str, defaults: Mapping[str, Any]) -> _Parser:
+    words = [option.name for group in groups for option in options_of(group) if option.details.positional]
     parser = _Parser(
         description=description,
-        usage="%(prog)s [options]",
+        usage=" ".join(["%(prog)s", *words, "[options]"]),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # only what the user gives is in the result
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
@@ -114,22 +115,22 @@ def _parser(groups: Sequence[type], description: str, defaults: Mapping[str, Any
 
 
 def _add(section: Any, option: Option, default: Any) -> None:
-    """Add a flag and, hidden, its old spellings."""
-    keywords: dict[str, Any] = {"dest": option.name}
+    """Add a flag and, hidden, its old spellings; or a word without a flag."""
+    keywords: dict[str, Any] = {}
     help = option.details.help
     if option.kind is bool:
         keywords["action"] = "store_true"
     else:
         keywords["type"] = _reader(option)
-        keywords["metavar"] = option.details.metavar
+        keywords["metavar"] = None if option.details.positional else option.details.metavar
         keywords["nargs"] = "*" if option.many else None
         if option.details.choices:
             help += f" (one of: {', '.join(map(str, option.details.choices))})"
         if default not in (None, ""):
             help += f" [{default}]"
-    section.add_argument(f"--{option.name}", help=help.replace("%", "%%"), **keywords)
+    section.add_argument(option.spelling, help=help.replace("%", "%%"), **keywords)
     for alias in option.details.aliases:
-        section.add_argument(f"--{alias}", help=argparse.SUPPRESS, **keywords)
+        section.add_argument(f"--{alias}", help=argparse.SUPPRESS, dest=option.name, **keywords)
 
 
 def _reader(option: Option) -> Callable[[str], Any]:
@@ -139,14 +140,14 @@ def _reader(option: Option) -> Callable[[str], Any]:
         try:
             return option.from_text(text)
         except ValueError as reason:
-            raise UserError(f"--{option.name}: {reason}") from None
+            raise UserError(f"{option.spelling}: {reason}") from None
 
     return read
 
 
 def _stray(rest: Sequence[str], argv: Sequence[str], options: Mapping[str, Option]) -> str:
     """The sentence about the first of the words that belong to no flag."""
-    flags = [f"--{name}" for name in options]
+    flags = [option.spelling for option in options.values() if not option.details.positional]
     for word in rest:
         if word.startswith("-"):
             flag = word.partition("=")[0]

@@ -44,6 +44,29 @@ def test_several_values():
     assert settings[NetworkOptions].text_encoder_lr == (1e-5, 2e-5)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    title: ClassVar[str] = "words"
+
+    source: str | None = option(None, "where from", positional=True)
+    target: str | None = option(None, "where to", positional=True)
+    fast: bool = option(False, "be quick")
+
+
+def test_words_without_a_flag(capsys):
+    words = read("--fast", "in.ckpt", "out", groups=[_Words])[_Words]
+    assert words == _Words("in.ckpt", "out", True)
+    with pytest.raises(UserError, match=r"required: target$"):
+        read("in.ckpt", groups=[_Words])
+    with pytest.raises(UserError, match=r"^'more' belongs to no option"):
+        read("in.ckpt", "out", "more", groups=[_Words])
+    with pytest.raises(UserError, match=r"--fst: unknown option, did you mean --fast\?$"):
+        read("in.ckpt", "out", "--fst", groups=[_Words])
+    with pytest.raises(SystemExit):
+        read("--help", groups=[_Words])
+    assert "source target [options]" in capsys.readouterr().out
+
+
 def test_the_quoted_list_of_the_guide():
     word = "scale_parameter=False,relative_step=False,warmup_init=False"  # what is left when the shell took the quotes
     keywords = read(f"--optimizer_args={word}")[OptimizerOptions].optimizer_keywords

@@ -34,6 +34,7 @@ class _Details:
     aliases: tuple[str, ...]
     minimum: float | None
     secret: bool
+    positional: bool
 
 
 def option(
@@ -45,13 +46,14 @@ def option(
     aliases: Sequence[str] = (),
     minimum: float | None = None,
     secret: bool = False,
+    positional: bool = False,
 ) -> Any:
-    """A dataclass field that is a flag.
+    """A dataclass field that is a flag, or, if `positional`, a word that has to be given without one.
 
     `metavar` stands for the value in --help. `aliases` are old spellings (without dashes) that still work but are not
     shown. `minimum` is the smallest value accepted. A `secret` value is never written to a config file.
     """
-    details = _Details(help, metavar, tuple(choices), tuple(aliases), minimum, secret)
+    details = _Details(help, metavar, tuple(choices), tuple(aliases), minimum, secret, positional)
     return dataclasses.field(default=default, metadata={_KEY: details})
 
 
@@ -64,6 +66,11 @@ class Option:
     many: bool
     default: Any
     details: _Details
+
+    @property
+    def spelling(self) -> str:
+        """Its name as in a sentence."""
+        return self.name if self.details.positional else f"--{self.name}"
 
     def from_text(self, text: str) -> Any:
         """One value as written on the command line. Raises ValueError with the reason, which quotes the value."""
