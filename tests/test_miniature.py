@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.miniature.evaluate import MODEL, SAMPLER, SCALE, STEPS, judge, scenes
+from examples.miniature.evaluate import MODEL, SAMPLER, SCALE, SDXL_MODEL, STEPS, judge, scenes
 from examples.miniature.shapes import COLOURS, SHAPES, Scene, draw, heart, random_scene
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,16 +42,18 @@ def test_evaluation_asks_for_every_shape_and_colour() -> None:
     assert all(scene.colour != scene.background for scene in asked)
 
 
-def test_model_file_is_small() -> None:
+def test_model_files_are_small() -> None:
     assert MODEL.stat().st_size <= 20_000_000
+    assert SDXL_MODEL.stat().st_size <= 24_000_000
 
 
-def test_miniature_paints_what_its_prompt_says() -> None:
+@pytest.mark.parametrize("file", [MODEL, SDXL_MODEL], ids=["sd1", "sdxl"])
+def test_miniature_paints_what_its_prompt_says(file: Path) -> None:
     from library.generation.paint import paint
     from library.generation.prompts import PromptLine
     from library.models.registry import load_model
 
-    model = load_model(MODEL)
+    model = load_model(file)
     right = 0
     for number, scene in enumerate(scenes(8)):
         request = PromptLine(scene.caption, None, 64, 64, number, SCALE, STEPS, SAMPLER)
@@ -61,8 +63,9 @@ def test_miniature_paints_what_its_prompt_says() -> None:
 
 
 @pytest.mark.slow
-def test_quality_over_64_prompts_is_as_its_readme_says() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "miniature" / "evaluate.py")]
+@pytest.mark.parametrize("file", [MODEL, SDXL_MODEL], ids=["sd1", "sdxl"])
+def test_quality_over_64_prompts_is_as_the_readme_says(file: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "miniature" / "evaluate.py"), "--model", str(file)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     shares = {line.split(":")[0]: int(line.split()[1]) / 64 for line in output.splitlines()}
     assert shares["background"] >= 0.9

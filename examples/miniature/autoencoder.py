@@ -16,19 +16,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from examples.miniature.configs import TRAINED_VAE
 from examples.miniature.shapes import coverage, draw, paint_over, random_scene
 
 LATENT_SCALE = 0.18215
 POSTERIOR = 0.05  # standard deviation of the finished encoder's draws, relative to that of the latents
-# 64 channels at least: 32 would leave one channel per normalisation group, which erases the flat colours.
-CONFIG = {
-    "block_out_channels": (64, 64, 64, 96),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-}
 
 
 def random_polygons(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -101,6 +93,16 @@ def whiten(vae: AutoencoderKL, images: torch.Tensor) -> None:
     decode.weight.copy_((inner @ backward)[:, :, None, None].float())
 
 
+@torch.no_grad()
+def rescale(vae: AutoencoderKL, factor: float) -> None:
+    """Multiplies the latents with `factor`, by way of the two quant convolutions; pictures come out as before."""
+    channels = vae.config.latent_channels
+    vae.quant_conv.weight[:channels] *= factor
+    vae.quant_conv.bias[:channels] *= factor
+    vae.quant_conv.bias[channels:] += 2 * math.log(factor)  # the logarithm of the posterior's variance
+    vae.post_quant_conv.weight /= factor
+
+
 class Stage(NamedTuple):
     """A part of the autoencoder's training; each starts a cosine of the learning rate anew."""
 
@@ -118,7 +120,7 @@ def train(target: Path, stages: Sequence[Stage] = STAGES, seed: int = 0, batch_s
     """Trains through the stages and writes the whitened autoencoder's weights to `target`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    vae = AutoencoderKL(**CONFIG)
+    vae = AutoencoderKL(**TRAINED_VAE)
     for number, stage in enumerate(stages):
         optimise(vae, functools.partial(_stage_loss, vae, rng, stage, number == 0, batch_size), stage, target.stem)
     whiten(vae, batch(rng, 128, polygons=0.0))

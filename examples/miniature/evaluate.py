@@ -1,7 +1,8 @@
-"""Measures how often the miniature paints what its prompt says.
+"""Measures how often a miniature paints what its prompt says.
 
 `python examples/miniature/evaluate.py` paints 64 prompts with fixed seeds, judges background, colour and shape, prints
-the shares that are right, and with --sheet FILE writes the pictures.
+the shares that are right, and with --sheet FILE writes the pictures. The model is the Stable Diffusion 1.x miniature
+unless --model names another.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from library import cli, console
 from library.training.preflight import make_writable
 
 MODEL = Path(__file__).parent / "miniature.safetensors"
+SDXL_MODEL = Path(__file__).parent / "miniature_sdxl.safetensors"
 SCALE, STEPS, SAMPLER = 4.0, 25, "ddim"
 # Templates are tried at these sizes, relative to the figure's half extent, and at these distances from its middle.
 _RADII = (1.0, 1.06, 1.13, 1.2)

@@ -10,6 +10,7 @@ from torch import nn
 
 from library.models.family import Family
 from library.models.metadata import RunFacts, modelspec, training_metadata
+from library.models.writing import write_model
 from library.training.methods.base import Method, ParameterGroup
 
 
@@ -54,5 +55,5 @@ class WholeModel(Method):
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
         return training_metadata(settings, facts) | modelspec(settings, facts)
 
-    def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-        self.model.save(path, dtype, metadata)
+    def save(self, stem: Path, kind: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> Path:
+        return write_model(self.model, stem, kind, dtype, metadata)
