@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
+from library.models.files.checkpoint import write_tensors
 from library.models.noise import Prediction
 from library.options.base import Settings
 from library.options.model import ModelOptions
@@ -75,8 +76,9 @@ def test_models_that_read_more_than_latents_cannot_be_trained(tmp_path, family, 
 
 
 @pytest.mark.parametrize("zero", [False, True])
-def test_a_file_that_says_nothing_is_trained_as_the_flags_say(model_files, zero):
-    info = inspect_base_model(settings(model_files("sd2"), v2=True))
+def test_a_file_that_says_nothing_is_trained_as_the_flags_say(tmp_path, zero):
+    write_tensors(tmp_path / "silent.safetensors", tiny.make_model("sd2").tensors())
+    info = inspect_base_model(settings(tmp_path / "silent.safetensors", v2=True))
     assert info.prediction is None
     for flag, kind in ((False, "epsilon"), (True, "v_prediction")):
         options = ModelOptions(v_parameterization=flag, zero_terminal_snr=zero)
@@ -88,6 +90,15 @@ def test_a_file_of_v_prediction_asks_for_its_flag(model_files):
     with pytest.raises(UserError, match=r"predicts v, not the noise: add --v_parameterization$"):
         prediction_for(ModelOptions(), info)
     assert prediction_for(ModelOptions(v_parameterization=True), info) == Prediction("v_prediction")
+
+
+def test_a_silent_file_whose_weights_look_like_v_is_told_of(model_files, fresh_console, capsys):
+    info = replace(inspect_base_model(settings(model_files("sd2"), v2=True)), prediction=None, looks_like_v=True)
+    assert prediction_for(ModelOptions(v_parameterization=True), info) == Prediction("v_prediction")
+    assert not capsys.readouterr().err
+    assert prediction_for(ModelOptions(), info) == Prediction()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("that is very probably v, as with the 768-pixel models: add --v_parameterization if it is")
 
 
 def test_what_a_file_would_unlearn_is_told(model_files, fresh_console, capsys):

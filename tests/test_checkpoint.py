@@ -257,15 +257,18 @@ def test_a_lazy_tensor_unlike_its_outline_is_not_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+OURS = {"modelspec.implementation_version": "atelier/0"}
+
+
 @pytest.mark.parametrize("title", ["plain", f'"modelspec.hash_sha256":"0x{"0" * 64}"'])
 def test_contents_are_verified_by_their_hash(tmp_path, title):
     path = tmp_path / "file.safetensors"
-    metadata = {"a.title": title, "modelspec.hash_sha256": "of another file"}
+    metadata = {"a.title": title, "modelspec.hash_sha256": "of another file"} | OURS
     write_tensors(path, some_tensors(), None, metadata, content_hash=True)
     content = path.read_bytes()
     start = 8 + struct.unpack("<Q", content[:8])[0]
     with open_weights(path) as file:
-        assert file.metadata == {
+        assert file.metadata == OURS | {
             "a.title": title,
             "modelspec.hash_sha256": f"0x{hashlib.sha256(content[start:]).hexdigest()}",
         }
@@ -280,7 +283,7 @@ def test_a_network_is_verified_by_the_hash_it_is_looked_up_by(tmp_path):
     tensors = some_tensors()
     path = tmp_path / "lora.safetensors"
     for hash_, damaged in ((hash_tensors(tensors).sha256, False), ("0" * 64, True), ("unknown", False)):
-        write_tensors(path, tensors, None, {"sshs_model_hash": hash_})
+        write_tensors(path, tensors, None, OURS | {"sshs_model_hash": hash_})
         with open_weights(path) as file, pytest.raises(UserError) if damaged else nullcontext():
             file.verify()
 

@@ -1,19 +1,25 @@
 """tools/convert_diffusers20_original_sd.py there and back, and what it refuses."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from library import cli
-from library.models.files.checkpoint import open_weights
+from library.errors import UserError
+from library.models.diffusers_writer import write_folder
+from library.models.files.checkpoint import open_weights, write_tensors
+from library.models.noise import Prediction
+from library.models.registry import inspect_model
 from library.options.base import options_of
 from library.options.convert import ConvertOptions
 from tests.processes import run
 from tests.tiny import make_model
-from tools.convert_diffusers20_original_sd import main, named
+from tools.convert_diffusers20_original_sd import main
 
 SCRIPT = "tools/convert_diffusers20_original_sd.py"
 
@@ -45,7 +51,10 @@ def test_there_and_back_is_the_same_model(files, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
     with open_weights(tmp_path / "back.safetensors") as file:
         told = {"modelspec.title": "mine", "note": "x", "n": "1", "ss_epoch": "0", "ss_steps": "7"}
-        assert {name: text for name, text in file.metadata.items() if "hash" not in name} == told
+        told |= {"modelspec.architecture": "stable-diffusion-xl-v1-base", "modelspec.prediction_type": "epsilon"}
+        assert told.items() <= file.metadata.items()
+        assert file.metadata["modelspec.implementation_version"].startswith("atelier")
+        file.verify()
 
 
 def test_precisions_steps_and_a_reference(files, tmp_path):
@@ -57,15 +66,95 @@ def test_precisions_steps_and_a_reference(files, tmp_path):
     reference = tmp_path / "reference"
     assert convert(files / "sd2.safetensors", reference).returncode == 0
     assert (reference / "unet/diffusion_pytorch_model.bin").is_file()
-    (reference / "scheduler/scheduler_config.json").write_text('{"_class_name": "LMSDiscreteScheduler"}')
+    (reference / "scheduler/scheduler_config.json").write_text("{}")
+    index = json.loads((reference / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "LMSDiscreteScheduler"]
+    (reference / "model_index.json").write_text(json.dumps(index))
     words = ("--reference_model", reference, "--save_precision_as", "fp16", "--use_safetensors")
     result = convert(tmp_path / "half.ckpt", tmp_path / "folder", *words)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "folder/scheduler/scheduler_config.json").read_text()) == {
-        "_class_name": "LMSDiscreteScheduler"
-    }
+    index = json.loads((tmp_path / "folder/model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "LMSDiscreteScheduler"]
     weights = load_file(tmp_path / "folder/unet/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+
+
+def convert_here(monkeypatch, *words):
+    """The same in this process."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, words)])
+    main()
+
+
+@pytest.fixture(scope="module")
+def repository(files, tmp_path_factory):
+    """A folder in Diffusers' layout with the single file in it, as on the hub."""
+    folder = tmp_path_factory.mktemp("repository") / "repo"
+    write_folder(make_model("sd2"), folder, safetensors=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("repo/v2.safetensors", "repo"),
+        ("repo/link.safetensors", "repo"),
+        ("repo", "."),
+        ("repo.tmp/v2.safetensors", "repo"),
+        ("repo.replaced.tmp", "repo"),
+    ],
+)
+def test_the_model_that_is_read_is_not_removed(files, repository, tmp_path, monkeypatch, source, target):
+    folder = tmp_path / source.split("/")[0]
+    shutil.copytree(repository, folder)
+    shutil.copy(files / "sd2.safetensors", folder / "v2.safetensors")
+    (folder / "link.safetensors").symlink_to(files / "sd2.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"writing it would remove {tmp_path / source}"):
+        convert_here(monkeypatch, tmp_path / source, tmp_path / target)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_reference_is_not_removed(files, repository, tmp_path, monkeypatch):
+    shutil.copytree(repository, tmp_path / "repo")
+    with pytest.raises(UserError, match=f"would remove {tmp_path / 'repo'}"):
+        convert_here(monkeypatch, files / "sd2.safetensors", tmp_path / "repo", "--reference_model", tmp_path / "repo")
+
+
+def test_the_weights_that_are_asked_for_are_read(repository, tmp_path, monkeypatch):
+    folder = shutil.copytree(repository, tmp_path / "repo")
+    path = folder / "unet/diffusion_pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in tensors.items()}, path.with_suffix(".fp16.bin"))
+    for variant, more in (("fp16", 1), ("bf16", 0)):
+        convert_here(monkeypatch, folder, tmp_path / "file.safetensors", "--variant", variant)
+        with open_weights(tmp_path / "file.safetensors") as file:
+            bias = file.get("model.diffusion_model.out.2.bias")
+        assert torch.equal(bias, tensors["conv_out.bias"] + more)
+
+
+def test_a_damaged_model_is_not_converted(files, tmp_path, monkeypatch):
+    content = bytearray((files / "sd2.safetensors").read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "damaged.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        convert_here(monkeypatch, tmp_path / "damaged.safetensors", tmp_path / "folder")
+
+
+def test_a_model_that_says_nothing_can_be_said_to_predict_v(tmp_path, monkeypatch, fresh_console, capsys):
+    model = make_model("sd2")
+    for name, parameter in model.unet.named_parameters():
+        if name.startswith("up_blocks.1.attentions") and name.endswith("transformer_blocks.0.norm1.bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    write_tensors(tmp_path / "silent.safetensors", model.tensors())
+    convert_here(monkeypatch, tmp_path / "silent.safetensors", tmp_path / "folder")
+    assert "add --v_parameterization" in capsys.readouterr().err
+    assert inspect_model(tmp_path / "folder").prediction == Prediction()
+    words = (tmp_path / "silent.safetensors", tmp_path / "folder", "--v_parameterization")
+    convert_here(monkeypatch, *words)
+    assert capsys.readouterr().err == ""
+    assert inspect_model(tmp_path / "folder").prediction == Prediction("v_prediction")
+    convert_here(monkeypatch, tmp_path / "folder", tmp_path / "again.ckpt")
+    assert inspect_model(tmp_path / "again.ckpt").prediction == Prediction("v_prediction")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +163,7 @@ def test_precisions_steps_and_a_reference(files, tmp_path):
         (["{}/sdxl.safetensors", "{}/x", "--v1"], "--v1: {}/sdxl.safetensors is a SDXL model, leave the flag out"),
         (["{}/sdxl.safetensors", "{}/sdxl.safetensors"], "is the model to load"),
         (["{}/sdxl.safetensor", "{}/x"], "did you mean {}/sdxl.safetensors?"),
-        (["{}/sdxl.safetensors"], "give two names"),
+        (["{}/sdxl.safetensors"], "required: model_to_save"),
         (["a", "b", "c"], "'c' belongs to no option"),
         (["a", "b", "--metadata", "title"], "--metadata: title is no JSON object"),
         (["a", "b", "--fp16", "--bf16"], "--fp16 and --bf16: weights are loaded in one format"),
@@ -92,6 +181,7 @@ def test_mistakes_are_said_in_one_sentence(files, fresh_console, monkeypatch, ca
 
 def test_flags_are_those_that_scripts_use():
     booleans = {"v1", "v2", "unet_use_linear_projection", "fp16", "bf16", "float", "use_safetensors"}
+    booleans |= {"v_parameterization"}  # of ours
     texts = {"save_precision_as", "epoch", "global_step", "metadata", "variant", "reference_model"}
     options = {option.name: option.kind for option in options_of(ConvertOptions)}
     assert options.keys() - {"model_to_load", "model_to_save"} == booleans | texts
@@ -99,5 +189,5 @@ def test_flags_are_those_that_scripts_use():
 
 
 def test_names_may_stand_between_flags():
-    words = ["--v1", "--model_to_load", "a", "--epoch", "3", "--model_to_save", "b"]
-    assert named(["--v1", "a", "--epoch", "3", "b"]) == words
+    options = cli.parse((ConvertOptions,), ["--v1", "a", "--epoch", "3", "b"], description="")[ConvertOptions]
+    assert (options.model_to_load, options.model_to_save, options.epoch) == ("a", Path("b"), 3)

@@ -13,7 +13,9 @@ from library.models.diffusers_writer import write_folder
 from library.models.files.checkpoint import open_weights
 from library.models.files.diffusers_folder import open_component, open_folder
 from library.models.files.sources import open_model, open_vae
+from library.models.loading import load
 from library.models.registry import inspect_model, load_model
+from library.models.sd import StableDiffusion1
 from tests.tiny import make_model
 
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
@@ -34,9 +36,8 @@ def folders(tmp_path_factory):
     """A folder of each family as other programs write it."""
     base = tmp_path_factory.mktemp("folders")
     for family in REBUILT:
-        model = make_model(family)
-        model.carried = {}
-        write_folder(model, base / family)
+        write_folder(make_model(family), base / family)
+        (base / family / "original_layout.safetensors").unlink()
     return base
 
 
@@ -173,7 +174,8 @@ def test_folders_of_diffusers_own_are_read(tmp_path):
 
     pipeline = make_pipeline()
     pipeline.save_pretrained(tmp_path / "theirs", variant="fp16")
-    model = load_model(tmp_path / "theirs")
+    with open_folder(tmp_path / "theirs") as file:
+        model = load(StableDiffusion1, file)  # not recognised as a model to train: its vocabulary is a small one
     assert same(model.unet.state_dict(), pipeline.unet.state_dict())
     assert same(model.vae.state_dict(), pipeline.vae.state_dict())
     assert same(model.text_encoders[0].model.state_dict(), pipeline.text_encoder.state_dict())
@@ -205,6 +207,30 @@ def test_an_autoencoder_alone(folders, copy, tmp_path):
         assert file.configs["vae"]["scaling_factor"] == 0.13025
         key = "first_stage_model.decoder.conv_in.weight"
         assert torch.equal(file.get(key), whole[key])
+
+
+def test_what_another_autoencoder_replaces_may_be_missing(folders, copy):
+    folder = copy()
+    shutil.rmtree(folder / "vae")
+    change_index(folder, vae=[None, None])
+    with pytest.raises(UserError, match="it lacks a U-Net, an autoencoder or a text encoder"):
+        inspect_model(folder)
+    model = inspect_model(folder, folders / "sd1").load()
+    assert same(model.vae.state_dict(), load_model(folders / "sd1").vae.state_dict())
+
+
+def test_an_autoencoder_that_says_nothing_of_its_scaling_says_nothing(copy):
+    """Otherwise the default of Diffusers' class would pass for its own."""
+    folder = copy("sdxl")
+    with open_model(folder) as file:
+        assert file.configs["vae"]["scaling_factor"] == 0.13025
+    path = folder / "vae/config.json"
+    config = json.loads(path.read_text())
+    del config["scaling_factor"]
+    path.write_text(json.dumps(config))
+    with open_model(folder) as file:
+        assert "scaling_factor" not in file.configs["vae"]
+    assert load_model(folder).vae.config.scaling_factor == 0.13025
 
 
 def change_index(folder, **entries):

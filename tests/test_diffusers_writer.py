@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import warnings
 
 import diffusers
@@ -57,9 +58,12 @@ def test_diffusers_paints_the_picture_we_paint(tmp_path, family):
         assert np.abs(ours - picture_of(pipeline, request)).max() <= 1
 
 
+@pytest.mark.parametrize("carries", [True, False])
 @pytest.mark.parametrize("family", SAMPLERS)
-def test_a_model_comes_back_bit_for_bit(tmp_path, fresh_console, capsys, family):
+def test_a_model_comes_back_bit_for_bit(tmp_path, fresh_console, capsys, family, carries):
     model = published(family)
+    if not carries:
+        model.carried = {}
     model.save(tmp_path / "file.safetensors")
     write_folder(model, tmp_path / "model")
     load_model(tmp_path / "model").save(tmp_path / "back.safetensors")
@@ -69,7 +73,7 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, fresh_console, capsys, family)
 
 def test_half_precision_pickled_folders_paint_with_default_arguments(tmp_path):
     write_folder(make_model("sdxl"), tmp_path / "model", torch.float16, safetensors=False)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["original_layout.safetensors"]
     pipeline = pipeline_at(tmp_path / "model")
     assert {module.dtype for module in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)} == {
         torch.float32
@@ -157,7 +161,112 @@ def test_an_older_model_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
 
 def test_other_folders_are_not_replaced(tmp_path):
     (tmp_path / "photo.png").write_bytes(b"")
-    with pytest.raises(UserError, match="other things in it"):
+    with pytest.raises(UserError, match=r"other things in it \(photo\.png\)"):
         write_folder(make_model(), tmp_path)
     with pytest.raises(UserError, match="is a file"):
         write_folder(make_model(), tmp_path / "photo.png")
+    with pytest.raises(UserError, match="/ has no name of its own"):
+        write_folder(make_model(), "/")
+
+
+def test_what_a_user_put_beside_a_model_is_not_removed(tmp_path):
+    write_folder(make_model(), tmp_path / "model")
+    (tmp_path / "model/my_loras").mkdir()
+    (tmp_path / "model/v1-5.safetensors").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"\(my_loras, v1-5\.safetensors\), which would be lost"):
+        write_folder(make_model(), tmp_path / "model")
+    assert (tmp_path / "model/v1-5.safetensors").read_bytes() == b"mine"
+
+
+def test_the_folder_one_stands_in(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    write_folder(make_model(), ".")
+    assert load_model(tmp_path / "model").name == "sd1"
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "kind"),
+    [
+        ("sd1", 9, "StableDiffusionInpaintPipeline"),
+        ("sd1", 8, "StableDiffusionInstructPix2PixPipeline"),
+        ("sdxl", 9, "StableDiffusionXLInpaintPipeline"),
+        ("sdxl", 8, "StableDiffusionXLInstructPix2PixPipeline"),
+    ],
+)
+def test_models_that_read_a_picture_get_the_pipeline_for_it(tmp_path, caplog, family, channels, kind):
+    model = make_model(family, unet_config={"in_channels": channels})
+    write_folder(model, tmp_path / "model")
+    pipeline = pipeline_at(tmp_path / "model")
+    assert type(pipeline).__name__ == kind
+    assert torch.equal(pipeline.unet.conv_in.weight, model.unet.conv_in.weight)
+    assert torch.equal(load_model(tmp_path / "model").unet.conv_in.weight, model.unet.conv_in.weight)
+    assert "not expected" not in caplog.text  # what Diffusers says of entries that its class does not know
+
+
+@pytest.mark.parametrize("channels", [5, 7])
+def test_a_model_that_no_pipeline_is_for_is_not_written_as_a_folder(tmp_path, channels):
+    model = make_model("sd2", unet_config={"in_channels": channels})
+    with pytest.raises(UserError, match=f"reads {channels} channels, .* write a .safetensors"):
+        write_folder(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference") / "model"
+    write_folder(make_model(), folder)
+    return folder
+
+
+def with_scheduler(reference, folder, kind, **config):
+    """A copy of a reference with another scheduler."""
+    shutil.copytree(reference, folder)
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": kind, **config}))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", kind]}))
+    return folder
+
+
+def test_what_the_model_predicts_wins_over_a_reference(tmp_path, reference):
+    theirs = with_scheduler(reference, tmp_path / "theirs", "DDIMScheduler", prediction_type="epsilon", eta_of_mine=1)
+    model = make_model("sd2")
+    model.prediction = Prediction("v_prediction", zero_terminal_snr=True)
+    write_folder(model, tmp_path / "model", reference=theirs)
+    scheduler = pipeline_at(tmp_path / "model").scheduler
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    assert scheduler.alphas_cumprod[-1] == 0
+    assert (scheduler.config.prediction_type, scheduler.config.timestep_spacing) == ("v_prediction", "trailing")
+    assert "eta_of_mine" in (tmp_path / "model/scheduler/scheduler_config.json").read_text()
+    assert load_model(tmp_path / "model").prediction == model.prediction
+
+
+@pytest.mark.parametrize(
+    ("kind", "prediction", "said"),
+    [
+        ("PNDMScheduler", Prediction("v_prediction", zero_terminal_snr=True), "a PNDMScheduler, which cannot step"),
+        ("DDIMScheduler", Prediction(zero_terminal_snr=True), "predicts epsilon, with zero terminal SNR"),
+        ("NoSuchScheduler", Prediction(), "names no scheduler"),
+    ],
+)
+def test_a_reference_that_contradicts_the_model_is_refused(tmp_path, reference, kind, prediction, said):
+    model = make_model()
+    model.prediction = prediction
+    with pytest.raises(UserError, match=said):
+        write_folder(
+            model, tmp_path / "model", reference=with_scheduler(reference, tmp_path / "theirs", kind, steps_offset=1)
+        )
+    assert not (tmp_path / "model").exists()
+
+
+def test_files_say_what_wrote_them_and_what_they_predict(tmp_path):
+    model = make_model("sd2")
+    model.prediction = Prediction("v_prediction")
+    model.save(tmp_path / "file.safetensors", metadata={"modelspec.implementation": "mine"})
+    write_folder(model, tmp_path / "model", metadata={"modelspec.implementation": "mine"})
+    for path in (tmp_path / "file.safetensors", tmp_path / "model/unet/diffusion_pytorch_model.safetensors"):
+        with SafetensorsFile(path) as file:
+            told = {name.removeprefix("modelspec."): text for name, text in file.metadata.items()}
+        assert told["implementation_version"].startswith("atelier")
+        assert (told["architecture"], told["prediction_type"]) == ("stable-diffusion-v2-768-v", "v")
+        assert told["implementation"] == "mine", "what the caller says wins"

@@ -70,7 +70,7 @@ def test_a_file_comes_back_as_it_was(tmp_path, family, tensors, suffix, dtype):
     assert after.keys() == before.keys()
     assert all(after[key].dtype == before[key].dtype and torch.equal(after[key], before[key]) for key in before)
     if suffix == ".safetensors":
-        assert (tmp_path / f"again{suffix}").read_bytes() == path.read_bytes()
+        assert tiny.stored(tmp_path / f"again{suffix}") == tiny.stored(path)
 
 
 def test_weights_take_the_precision_asked_for_and_tables_keep_their_own(tmp_path, family, tensors):
@@ -103,6 +103,18 @@ def test_unknown_and_missing_tensors_are_named(tmp_path, family, tensors):
         less = {name: tensor for name, tensor in tensors.items() if name != key}
         with pytest.raises(UserError, match=f"less.safetensors lacks {key}"):
             load_model(write(tmp_path / "less.safetensors", less))
+
+
+def test_one_tensor_under_two_names_is_not_dropped_silently(tmp_path, model_files):
+    key = f"{CLIP_PREFIX}final_layer_norm.weight"
+    other = key.replace("text_model.", "")
+    tensors = read(model_files("sd1"))
+    path = write(tmp_path / "both.safetensors", tensors | {other: tensors[key] + 1})
+    with pytest.raises(UserError) as error:
+        inspect_model(path)
+    assert str(error.value).startswith(f"{path} holds one tensor under two names, ")
+    assert key in str(error.value)
+    assert other in str(error.value)
 
 
 @pytest.mark.parametrize("name", POSITION_IDS)
@@ -139,6 +151,15 @@ def test_the_unused_text_layer_goes_back_and_a_second_one_does_not_exist(tmp_pat
     assert all(torch.equal(other.tensors()[key], changed[key]) for key in last)
     with torch.no_grad():
         assert torch.equal(*(model.encode_text(["a circle"])["hidden_state1"] for model in (one, other)))
+    one_less = {key: tensor for key, tensor in tensors.items() if key != min(last)}
+    with pytest.raises(UserError, match=f"less.safetensors lacks {min(last)}"):
+        load_model(write(tmp_path / "less.safetensors", one_less))
+    flat = tensors | {min(last): tensors[min(last)].reshape(1, -1)}
+    with pytest.raises(UserError, match=f"does not fit together: {min(last)} has shape"):
+        load_model(write(tmp_path / "flat.safetensors", flat))
+    foreign = tensors | {f"{OPEN_CLIP_PREFIX}transformer.resblocks.2.lora": torch.ones(2)}
+    with pytest.raises(UserError, match=r"model has: .+resblocks\.2\.lora$"):
+        load_model(write(tmp_path / "foreign.safetensors", foreign))
     further = {key.replace(".resblocks.2.", ".resblocks.4."): tensors[key] for key in last}
     with pytest.raises(UserError, match=r"no Stable Diffusion 2\.x model has: .+resblocks\.4"):
         load_model(write(tmp_path / "further.safetensors", tensors | further))
@@ -169,7 +190,7 @@ def test_models_that_read_more_than_latents_are_loaded_and_named(tmp_path, famil
     assert info.kind == kind
     assert info.latents.channels == 4
     info.load().save(tmp_path / "again.safetensors")
-    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    assert tiny.stored(tmp_path / "again.safetensors") == tiny.stored(path)
 
 
 @pytest.mark.parametrize(

@@ -176,9 +176,8 @@ def test_precision_is_that_of_the_sum(tool, save, tmp_path):
 
 def test_other_spellings_of_a_name_are_found(tool, save, tmp_path):
     first, other = weights(0), weights(1)
-    short = TEXT.replace("text_model.", "")
-    files = [save("a.safetensors", first), save("b.safetensors", other | {short: other[TEXT]})]
-    del other[TEXT]
+    other[TEXT.replace("text_model.", "")] = other.pop(TEXT)
+    files = [save("a.safetensors", first), save("b.safetensors", other)]
     tool("--models", *files, "--output", tmp_path / "out.safetensors")
     merged = load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(merged[TEXT], (first[TEXT] + weights(1)[TEXT]) / 2)
@@ -218,7 +217,20 @@ def test_warns_of_overflow_and_of_different_predictions(tool, save, tmp_path, ca
         f"1 tensors hold values that are not finite, or too large for the number format they are saved in: {CONV}"
         in said
     )
-    assert "the models predict different things (epsilon, v)" in said
+    assert "the models predict different things (epsilon, v_prediction): their sum may not work" in said
+
+
+def test_one_prediction_under_two_names_is_one(tool, save, tmp_path, capsys):
+    names = ("v", "v_prediction")
+    files = [
+        save(f"{name}.safetensors", weights(seed), {"modelspec.prediction_type": name})
+        for seed, name in enumerate(names)
+    ]
+    tool("--models", *files, "--output", tmp_path / "out.safetensors")
+    assert "predict different things" not in capsys.readouterr().err
+    files.append(save("zero.safetensors", weights(2) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}))
+    tool("--models", *files, "--output", tmp_path / "out.safetensors")
+    assert "(v_prediction, v_prediction with zero terminal SNR)" in capsys.readouterr().err
 
 
 def test_an_existing_file_is_replaced_only_by_a_whole_one(tool, mistake, save, tmp_path, monkeypatch):
@@ -316,5 +328,7 @@ def test_models_of_different_families(mistake, save, tmp_path):
     renamed = {key.replace("block", "part").replace("time", "date"): value for key, value in weights(1).items()}
     file = save("renamed.safetensors", renamed)
     assert "0 of 5 tensors of the U-Net have the same name and shape" in mistake("--models", one, file, *output)
+    file = save("both.safetensors", weights(1) | {TEXT.replace("text_model.", ""): weights(2)[TEXT]})
+    assert f"{file} holds one tensor under two names, " in mistake("--models", one, file, *output)
     file = save("lora.safetensors", {"lora_unet_x.lora_down.weight": torch.ones(2, 2)})
     assert f"{file} has no U-Net" in mistake("--models", one, file, *output)

@@ -1,6 +1,7 @@
 """PyTorch's own files of tensors: what they say to PyTorch, what they may hold, and the memory they take."""
 
 import io
+import os
 import pickle
 import sys
 import tarfile
@@ -55,6 +56,17 @@ def test_same_content_same_bytes(tmp_path):
     write_tensors(tmp_path / "two.ckpt", {word: torch.full((3,), float(len(word))) for word in equal})
     assert (tmp_path / "one.ckpt").read_bytes() == (tmp_path / "two.ckpt").read_bytes()
     assert read(tmp_path / "one.ckpt")["cpu"].tolist() == [3, 3, 3]
+
+
+def test_whole_models_have_numbers_beside_their_weights(tmp_path):
+    path = tmp_path / "file.ckpt"
+    write_tensors(path, {"a": torch.ones(3)}, beside={"global_step": 70_000, "epoch": 3})
+    content = torch.load(path, weights_only=True)
+    assert torch.equal(content.pop("state_dict")["a"], torch.ones(3))
+    assert content == {"epoch": 3, "global_step": 70_000}
+    write_tensors(path, {"a": torch.ones(3)}, beside={})
+    assert list(torch.load(path, weights_only=True)) == ["state_dict"]
+    assert list(read(path)) == ["a"]
 
 
 def test_a_view_leaves_its_base_behind(tmp_path):
@@ -171,7 +183,7 @@ def test_memory_stays_near_one_tensor(tmp_path):
         path = {str(tmp_path / "file.ckpt")!r}
         write_tensors(path, {{"a": torch.ones(3)}})
         before = peak()
-        write_tensors(path, Made())
+        write_tensors(path, Made(), beside={{"epoch": 1}})
         with open_weights(path) as file:
             for name in file.keys():
                 assert file.get(name)[-1, -1] == float(name)
@@ -191,13 +203,21 @@ class Payload:
         return (Path.touch, (Path("ran"),))
 
 
+class Command:
+    """PyTorch has a sentence of its own about this one."""
+
+    def __reduce__(self):
+        return (os.system, ("echo > ran",))
+
+
+@pytest.mark.parametrize("payload", [Payload, Command])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch, zipped):
+def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch, zipped, payload):
     monkeypatch.chdir(tmp_path)
-    torch.save({"a": torch.zeros(1), "b": Payload()}, "evil.ckpt", _use_new_zipfile_serialization=zipped)
+    torch.save({"a": torch.zeros(1), "b": payload()}, "evil.ckpt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"evil\.ckpt holds more than tensors.*\.safetensors"):
         open_weights("evil.ckpt")
-    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Payload(), protocol=2))
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(payload(), protocol=2))
     with pytest.raises(UserError, match=r"plain\.ckpt"):
         open_weights("plain.ckpt")
     assert not (tmp_path / "ran").exists()

@@ -250,3 +250,12 @@ def test_golden_tokens_of_every_encoder(tokenizers, golden):
         wanted = torch.tensor([weighted["weights"]])
         torch.testing.assert_close(torch.ones_like(wanted) if weights is None else weights, wanted)
         assert words_of(ids[0].tolist()) == words_of(weighted["ids"])
+
+
+def test_a_layer_that_sdxl_was_not_trained_with_is_said(model_files, fresh_console, capsys):
+    model = load_model(model_files("sdxl"))
+    for clip_skip in (None, 2):
+        model.read_captions(TextOptions(clip_skip=clip_skip))
+    assert "--clip_skip" not in capsys.readouterr().err
+    model.read_captions(TextOptions(clip_skip=1))
+    assert "--clip_skip 1: SDXL models were trained with 2" in capsys.readouterr().err

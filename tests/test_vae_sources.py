@@ -1,5 +1,7 @@
 """--vae: where the autoencoder of a model may come from."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.models import registry
 from library.models.files.checkpoint import hash_file, open_weights, write_tensors
 from library.models.registry import inspect_model
 from library.models.sgm_keys import VAE_PREFIX
@@ -102,6 +105,61 @@ def test_a_file_without_an_autoencoder_needs_one(tmp_path, model_files, other, f
     assert model.tensors().keys() == tensors.keys() | other.keys()
     scale = 0.13025 if family == "sdxl" else 0.18215
     assert (info.latents.scale, model.latents.scale) == (scale, scale), "the model's, whatever the file's"
+
+
+@pytest.fixture
+def vae_folder(tmp_path) -> Callable[..., Path]:
+    """An autoencoder alone in Diffusers' layout, with changes to its configuration; None leaves an entry out."""
+
+    def make(**changes: object) -> Path:
+        vae = tiny.make_model("sdxl").vae
+        vae.save_pretrained(tmp_path / "vae")
+        file = tmp_path / "vae/config.json"
+        config = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+        return tmp_path / "vae"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("sdxl", {}, None),
+        ("sd1", {}, "scaling_factor 0.13025: latents of Stable Diffusion 1.x models are scaled by 0.18215"),
+        # published autoencoders of all families say nothing, and Diffusers' class has a default
+        ("sdxl", {"scaling_factor": None}, None),
+        ("sd1", {"scaling_factor": None}, None),
+        ("sdxl", {"shift_factor": 0.1}, "shift_factor 0.1: latents of SDXL models are scaled by 0.13025"),
+        ("sdxl", {"latents_mean": [0, 1, 0, 0], "latents_std": [1, 1, 1, 1]}, "latents_mean .+ and latents_std .+:"),
+    ],
+)
+def test_an_autoencoder_that_scales_otherwise_is_refused(model_files, vae_folder, family, changes, told):
+    """Its latents would be trained on as if they were the model's own."""
+    folder = vae_folder(**changes)
+    if told is None:
+        assert inspect_model(model_files(family), folder).vae_path == folder
+        return
+    with pytest.raises(UserError, match=f"^{folder} has an autoencoder with {told}"):
+        inspect_model(model_files(family), folder)
+
+
+def test_an_autoencoder_of_the_hub_is_looked_for_once(tmp_path, model_files, other, monkeypatch):
+    path, asked = original_file(tmp_path, other), []
+
+    def find(name: object, flag: str = "", variant: str | None = None) -> Path:
+        if str(name) == "owner/name":
+            asked.append(flag)
+            return path
+        return Path(name)
+
+    monkeypatch.setattr(registry, "find_model", find)
+    info = inspect_model(model_files("sd1"), "owner/name")
+    assert (info.vae, info.vae_path, info.vae_hashes) == ("owner/name", path, hash_file(path))
+    tensors = info.load().tensors()
+    assert all(torch.equal(tensors[key], other[key]) for key in other)
+    assert info.vae_fingerprint
+    assert asked == ["--vae"]
 
 
 def test_a_file_with_a_part_of_an_autoencoder_is_not_complete(tmp_path, model_files, other):

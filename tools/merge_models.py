@@ -8,8 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from library import cli, console
 from library.errors import UserError, suggest_path
 from library.options.merge_models import MergeModelsOptions
-
-_SUFFIXES = (".safetensors", ".ckpt", ".pt")
+from library.suffixes import WEIGHTS_SUFFIXES
 
 
 def main() -> None:
@@ -40,11 +39,11 @@ def check_files(options: MergeModelsOptions) -> None:
     """Raise UserError for missing models, and for an output that cannot be one."""
     for path in options.models:
         if not path.exists():
-            raise UserError(f"--models: {path} does not exist{suggest_path(path, _SUFFIXES)}")
+            raise UserError(f"--models: {path} does not exist{suggest_path(path, WEIGHTS_SUFFIXES)}")
         if options.output.exists() and options.output.samefile(path):
             raise UserError(f"--output: {options.output} is one of the models to merge, choose another name")
-    if options.output.suffix.lower() not in _SUFFIXES:
-        raise UserError(f"--output: {options.output} ends in none of {', '.join(_SUFFIXES)}")
+    if options.output.suffix.lower() not in WEIGHTS_SUFFIXES:
+        raise UserError(f"--output: {options.output} ends in none of {', '.join(WEIGHTS_SUFFIXES)}")
     if options.output.is_dir():
         raise UserError(f"--output: {options.output} is a folder, give the name of a file in it")
 

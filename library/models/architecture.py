@@ -1,17 +1,19 @@
 """Architectures read off the tensor shapes of an original file, as arguments for Diffusers' and transformers' classes.
 
-Every function raises KeyError with the name of a tensor that is missing.
+Every function raises KeyError with the name of a tensor that is missing, IndexError or ValueError where one has another
+number of dimensions.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from library.models.prompt_weights import BEGIN, END
 from library.models.sgm_keys import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, Shapes
 
 
-def _count(shapes: Shapes, start: str) -> int:
+def count_numbered(names: Iterable[str], start: str) -> int:
     """How many numbers 0, 1, 2 ... follow `start` in the names."""
-    numbers = {key[len(start) :].split(".", 1)[0] for key in shapes if key.startswith(start)}
+    numbers = {name[len(start) :].split(".", 1)[0] for name in names if name.startswith(start)}
     count = 0
     while str(count) in numbers:
         count += 1
@@ -27,7 +29,7 @@ def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]
     blocks = f"{UNET_PREFIX}input_blocks."
     middle = f"{UNET_PREFIX}middle_block.1."
     channels, attention, depths, layers = [], [], [], [0]
-    for index in range(1, _count(shapes, blocks)):
+    for index in range(1, count_numbered(shapes, blocks)):
         if f"{blocks}{index}.0.op.weight" in shapes:
             layers.append(0)
             continue
@@ -35,9 +37,9 @@ def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]
         if layers[-1] == 1:
             channels.append(shapes[f"{blocks}{index}.0.out_layers.3.weight"][0])
             attention.append(f"{blocks}{index}.1.norm.weight" in shapes)
-            depths.append(_count(shapes, f"{blocks}{index}.1.transformer_blocks."))
+            depths.append(count_numbered(shapes, f"{blocks}{index}.1.transformer_blocks."))
     # Diffusers wants a depth for every level and gives the middle that of the last
-    depth = _count(shapes, f"{middle}transformer_blocks.")
+    depth = count_numbered(shapes, f"{middle}transformer_blocks.")
     depths = [*(own or 1 for own in depths[:-1]), depth]
     return {
         "in_channels": shapes[f"{blocks}0.0.weight"][1],
@@ -70,13 +72,13 @@ def size_embedding_config(shapes: Shapes, pooled_width: int) -> dict[str, Any]:
 def vae_config(shapes: Shapes) -> dict[str, Any]:
     """Arguments for AutoencoderKL."""
     down = f"{VAE_PREFIX}encoder.down."
-    levels = _count(shapes, down)
+    levels = count_numbered(shapes, down)
     return {
         "in_channels": shapes[f"{VAE_PREFIX}encoder.conv_in.weight"][1],
         "out_channels": shapes[f"{VAE_PREFIX}decoder.conv_out.weight"][0],
         "latent_channels": shapes[f"{VAE_PREFIX}decoder.conv_in.weight"][1],
         "block_out_channels": tuple(shapes[f"{down}{level}.block.0.conv1.weight"][0] for level in range(levels)),
-        "layers_per_block": _count(shapes, f"{down}0.block."),
+        "layers_per_block": count_numbered(shapes, f"{down}0.block."),
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
     }
@@ -88,7 +90,7 @@ def clip_config(shapes: Shapes, prefix: str = CLIP_PREFIX) -> dict[str, Any]:
     return {
         **_text_config(vocabulary, width),
         "intermediate_size": shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _count(shapes, f"{prefix}encoder.layers."),
+        "num_hidden_layers": count_numbered(shapes, f"{prefix}encoder.layers."),
         "max_position_embeddings": shapes[f"{prefix}embeddings.position_embedding.weight"][0],
         "hidden_act": "quick_gelu",
         "projection_dim": width,
@@ -101,7 +103,7 @@ def open_clip_config(shapes: Shapes, prefix: str) -> dict[str, Any]:
     return {
         **_text_config(vocabulary, width),
         "intermediate_size": shapes[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": _count(shapes, f"{prefix}transformer.resblocks."),
+        "num_hidden_layers": count_numbered(shapes, f"{prefix}transformer.resblocks."),
         "max_position_embeddings": shapes[f"{prefix}positional_embedding"][0],
         "hidden_act": "gelu",
         "projection_dim": shapes.get(f"{prefix}text_projection", (width, width))[1],

@@ -1,9 +1,10 @@
 """Models written as Diffusers folders, complete without anything that would have to be downloaded."""
 
+import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,21 @@ from library.errors import UserError, some
 from library.models.family import Family
 from library.models.files.checkpoint import write_tensors
 from library.models.files.diffusers_folder import read_json
-from library.models.files.folder_files import CONFIG, INDEX, ORIGINAL_LAYOUT, SCHEDULER, weights_file_name
+from library.models.files.folder_files import (
+    COMPONENTS,
+    CONFIG,
+    INDEX,
+    ORIGINAL_LAYOUT,
+    SCHEDULER,
+    weights_file_name,
+)
 from library.models.noise import Prediction, scheduler_config
 from library.models.text import Tokenizer, clip_tokenizer
 
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_SCHEDULER_FOLDER = SCHEDULER.split("/")[0]
+# All that a folder may hold that is replaced: what is written here, whatever the family.
+_OWN = {INDEX, ORIGINAL_LAYOUT, _SCHEDULER_FOLDER, *COMPONENTS, *_TOKENIZERS}
 _SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 
 
@@ -35,12 +47,13 @@ def write_folder(
 
     What the layout has no place for goes into `original_layout.safetensors`. It is written as `<folder>.tmp` and takes
     the place of an older model's folder when it is whole. Tokenizers and scheduler are copied from the Diffusers folder
-    `reference` if one is given. UserError if the place cannot be written or is in use, or the reference lacks them.
+    `reference` if one is given; what follows from the model's prediction is the model's. UserError if the place cannot
+    be written or is in use, Diffusers has no pipeline for the model, or the reference lacks something or does not fit.
     """
-    metadata = {name: text for name, text in (metadata or {}).items() if "hash" not in name}  # those of a whole file
-    own = [*_tokenizers(model), SCHEDULER.split("/")[0]]
-    if reference is not None and (lacking := [name for name in own if not (reference / name).is_dir()]):
-        raise UserError(f"{reference} has no folder {some(lacking)} to copy: give a model of the same family, or none")
+    index = _index(model)
+    told = model.description() | {**(metadata or {})}
+    told = {name: text for name, text in told.items() if "hash" not in name}  # those of a whole file
+    steps = scheduler(model) if reference is None else _fitted_scheduler(model, reference)
     with _replacing(Path(folder)) as temporary:
         for name, (module, _) in model.components().items():
             text = name.startswith("text_encoder")
@@ -50,20 +63,20 @@ def write_folder(
             tensors = {_published_name(key): tensor for key, tensor in state.items()} if text else state
             file = target / weights_file_name(name, safetensors=safetensors)
             # transformers refuses files that do not say which library's tensors they are
-            write_tensors(file, tensors, dtype, {"format": "pt", **metadata}, content_hash=True)
-        index = _index(model)
-        if reference is not None:
-            for name in own:
-                shutil.copytree(reference / name, temporary / name)
-            theirs = read_json(reference / INDEX)
-            index |= {name: theirs[name] for name in own if name in theirs}
-        else:
-            for name, tokenizer in _tokenizers(model).items():
+            write_tensors(file, tensors, dtype, {"format": "pt", **told}, content_hash=True)
+        for name, tokenizer in _tokenizers(model).items():
+            if reference is None:
                 _write_tokenizer(temporary / name, tokenizer)
-            _write_json(temporary / SCHEDULER, scheduler(model))
-        if model.carried:
-            write_tensors(temporary / ORIGINAL_LAYOUT, model.carried, dtype, content_hash=True)
-        _write_json(temporary / INDEX, index)
+            else:
+                shutil.copytree(reference / name, temporary / name)
+        _write_json(temporary / SCHEDULER, steps)
+        # Also where there is nothing: without the file, a reader would make what other programs' folders lack. Markers
+        # that did not come with the model are for files alone: here the scheduler says what it predicts.
+        came = {name: tensor for name, tensor in model.rest().items() if name in model.carried}
+        write_tensors(temporary / ORIGINAL_LAYOUT, came, dtype, model.description(), content_hash=True)
+        theirs = {} if reference is None else read_json(reference / INDEX)
+        index |= {name: theirs[name] for name in _tokenizers(model) if name in theirs}
+        _write_json(temporary / INDEX, index | {"scheduler": ["diffusers", steps["_class_name"]]})
 
 
 def scheduler(model: Family) -> dict[str, Any]:
@@ -71,11 +84,11 @@ def scheduler(model: Family) -> dict[str, Any]:
     model predicts.
     """
     wanted: Prediction = model.prediction
-    kind = {"sd1": "PNDMScheduler", "sd2": "DDIMScheduler"}.get(model.name, "EulerDiscreteScheduler")
+    kind = model.scheduler
     if kind == "PNDMScheduler" and wanted.kind == "v_prediction":
         kind = "DDIMScheduler"
-    if wanted.zero_terminal_snr and wanted.kind == "epsilon":
-        kind = "EulerDiscreteScheduler"  # DDIM divides the noise by the signal, of which there is none at the end
+    if _divides_by_nothing(wanted):
+        kind = "EulerDiscreteScheduler"
     own = {
         "PNDMScheduler": {"clip_sample": False},
         "DDIMScheduler": {"clip_sample": False},
@@ -94,37 +107,63 @@ def scheduler(model: Family) -> dict[str, Any]:
     }
 
 
+def _fitted_scheduler(model: Family, reference: Path) -> dict[str, Any]:
+    """The configuration of the scheduler in a Diffusers folder, for what the model predicts. UserError if its class
+    cannot do that, or the folder is no complete one.
+    """
+    lacking = [name for name in (*_tokenizers(model), _SCHEDULER_FOLDER) if not (reference / name).is_dir()]
+    if lacking:
+        raise UserError(f"{reference} has no folder {some(lacking)} to copy: give a model of the same family, or none")
+    theirs = read_json(reference / SCHEDULER)
+    entry = read_json(reference / INDEX).get("scheduler")
+    kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else theirs.get("_class_name")
+    wanted = scheduler_config(model.prediction)
+    known = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    if known is None:
+        raise UserError(f"{reference} names no scheduler of Diffusers': give another reference, or none")
+    # those that know nothing of an entry would pass over it and step as for another model
+    unfit = wanted.keys() - inspect.signature(known.__init__).parameters.keys()
+    if unfit or (kind == "DDIMScheduler" and _divides_by_nothing(model.prediction)):
+        zero = ", with zero terminal SNR" if model.prediction.zero_terminal_snr else ""
+        raise UserError(
+            f"{reference} has a {kind}, which cannot step for a model that predicts {model.prediction.kind}{zero}: "
+            "give another reference, or none"
+        )
+    return {**theirs, "_class_name": kind, **wanted}
+
+
+def _divides_by_nothing(prediction: Prediction) -> bool:
+    """Whether DDIM divides the predicted noise by the signal where there is none."""
+    return prediction.zero_terminal_snr and prediction.kind == "epsilon"
+
+
 def _index(model: Family) -> dict[str, Any]:
-    """What Diffusers makes of which folder."""
-    index: dict[str, Any] = {"_class_name": model.pipeline, "_diffusers_version": diffusers.__version__}
-    if model.pipeline == "StableDiffusionXLPipeline":
-        # Our own pictures and those of web UIs are painted with the empty negative prompt encoded, not with zeros.
-        index["force_zeros_for_empty_prompt"] = False
-        index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
-    else:
-        index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+    """What Diffusers makes of which folder, but for the scheduler. UserError if it can make nothing of the model."""
+    channels = model.unet.config.in_channels
+    if channels not in model.pipelines:
+        raise UserError(
+            f"no pipeline of Diffusers' works with nothing but a {model.title} model whose U-Net reads {channels} "
+            "channels, so it cannot be written as a folder: write a .safetensors or .ckpt file"
+        )
+    kind = model.pipelines[channels]
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": diffusers.__version__}
+    taken = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    index |= {name: value for name, value in model.pipeline_settings.items() if name in taken}
     for name, (module, _) in model.components().items():
         index[name] = ["transformers" if name.startswith("text_encoder") else "diffusers", type(module).__name__]
-    index |= {name: ["transformers", "CLIPTokenizer"] for name in _tokenizers(model)}
-    index["scheduler"] = ["diffusers", scheduler(model)["_class_name"]]
-    return index
+    return index | {name: ["transformers", "CLIPTokenizer"] for name in _tokenizers(model)}
 
 
 def _config(model: Family, name: str, module: torch.nn.Module) -> dict[str, Any]:
     """The configuration of a module of Diffusers."""
     config = json.loads(module.to_json_string())
     config.pop("_name_or_path", None)
-    width = config["sample_size"] if name == "unet" else None
-    predicts_v = model.name == "sd2" and model.prediction.kind == "v_prediction"
-    size = 768 if predicts_v else model.latents.default_size
     if name == "unet":
-        config["sample_size"] = width or size // model.latents.factor
-        # the attention of Stable Diffusion 2.1 overflows in half precision
-        config["upcast_attention"] = bool(config["upcast_attention"] or predicts_v)
+        config["sample_size"] = config["sample_size"] or model.picture_size // model.latents.factor
+        config["upcast_attention"] = bool(config["upcast_attention"] or model.attention_overflows)
     else:
-        config |= {"sample_size": size, "scaling_factor": model.latents.scale}
-        if model.name == "sdxl":
-            config["force_upcast"] = True  # its autoencoder overflows in half precision
+        config |= {"sample_size": model.picture_size, "scaling_factor": model.latents.scale}
+        config["force_upcast"] = bool(config["force_upcast"] or model.vae_overflows)
     return config
 
 
@@ -148,7 +187,7 @@ def _published_name(key: str) -> str:
 
 
 def _tokenizers(model: Family) -> dict[str, Tokenizer]:
-    return dict(zip(("tokenizer", "tokenizer_2"), model.tokenizers().values(), strict=False))
+    return dict(zip(_TOKENIZERS, model.tokenizers().values(), strict=False))
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -197,14 +236,43 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def check_replaceable(folder: Path, keep: Collection[Path] = ()) -> None:
+    """UserError if a model's folder must not be written here: there is something else, or something more than a model
+    in Diffusers' layout, or what is to `keep`, or no name can be given to the folder.
+    """
+    if not folder.resolve().name:
+        raise UserError(f"{folder} has no name of its own: choose another name for the model's folder")
+    lost = {folder.resolve(), *_working_names(folder)}
+    for path in keep:
+        # where it lies and, if that is a link, where it is
+        for place in (path.absolute(), path.resolve()):
+            if lost & {place, *place.parents}:
+                raise UserError(f"{folder}: writing it would remove {path}, choose another name for the model's folder")
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: choose another name for the model's folder")
+    if not folder.is_dir():
+        return
+    found = {entry.name for entry in folder.iterdir()}
+    others = sorted(found - _OWN) if INDEX in found else sorted(found)
+    if others:
+        raise UserError(
+            f"{folder} is a folder with other things in it ({some(others)}), which would be lost: choose another name "
+            "for the model's folder"
+        )
+
+
+def _working_names(folder: Path) -> tuple[Path, Path]:
+    """The names of the folder that is filled, and of the one that it replaces until it is whole."""
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.replaced.tmp")
+
+
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `folder` when the block ends without an error and not before."""
-    temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.replaced.tmp")
-    if folder.is_file():
-        raise UserError(f"{folder} is a file: choose another name for the model's folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise UserError(f"{folder} is a folder with other things in it: choose another name for the model's folder")
+    folder = folder.resolve()  # `.` has a name of its own, and of a link the folder behind it is replaced
+    check_replaceable(folder)
+    temporary, old = _working_names(folder)
     try:
         if old.exists() and not folder.exists():  # a run was killed between the two renamings below
             os.replace(old, folder)

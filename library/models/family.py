@@ -7,18 +7,20 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
+from library import console
 from library.errors import UserError
 from library.models.architecture import unet_config, vae_config
 from library.models.files.checkpoint import LazyTensors, write_tensors
+from library.models.metadata import IMPLEMENTATION_VERSION
 from library.models.noise import DDPM, NoiseProcess, Prediction, torch_generator
-from library.models.prediction import markers
-from library.models.sgm_keys import KeyMap, Place, Shapes, is_carried
+from library.models.prediction import MARKERS, markers
+from library.models.sgm_keys import KeyMap, Place, Shapes
 from library.models.text import TextEncoder, TextOptions, TextOutputs, Tokenizer, Tokens
 from library.models.views import AttachPoints
 from library.transfer import to_device
@@ -58,7 +60,10 @@ class Family(nn.Module, ABC):
     text_layer: int  # the layer of the text encoders it was trained with, from the last (1) on
     latents_suffix: str  # end of the names of files of cached latents
     text_outputs: TextOutputs
-    pipeline: str  # Diffusers' class for it
+    pipelines: ClassVar[Mapping[int, str]]  # Diffusers' classes for it, by the number of channels that its U-Net reads
+    pipeline_settings: ClassVar[Mapping[str, Any]]  # what such a class is made with besides the model
+    scheduler: str  # Diffusers' class that it is published with
+    vae_overflows = False  # whether its autoencoder does, in half precision
     text_encoders: nn.ModuleList
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, *text_encoders: TextEncoder):
@@ -92,6 +97,16 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def architecture(self) -> str:
         """As in the metadata key modelspec.architecture."""
+
+    @property
+    def picture_size(self) -> int:
+        """Pixels each way of the pictures that published models like this one were trained with."""
+        return self.default_size
+
+    @property
+    def attention_overflows(self) -> bool:
+        """Whether the attention of its U-Net does, in half precision."""
+        return False
 
     @abstractmethod
     def components(self) -> dict[str, Component]:
@@ -155,6 +170,11 @@ class Family(nn.Module, ABC):
             raise UserError(
                 f"--clip_skip {options.clip_skip} is too large: this model's text encoder has {layers} layers"
             )
+        if options.clip_skip is not None and options.clip_skip < self.text_layer:
+            console.warn(
+                f"--clip_skip {options.clip_skip}: {self.title} models were trained with {self.text_layer}, which they "
+                "also get without the flag"
+            )
         self.text = options
 
     def tokenize(self, tokenizer: Tokenizer, captions: Sequence[str], painting: bool) -> Tokens:
@@ -176,9 +196,16 @@ class Family(nn.Module, ABC):
         """Unscaled latents (B, C, h, w) -> images (B, 3, h x factor, w x factor), about -1..1, float32."""
         return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float()
 
-    def carries(self, name: str) -> bool:
-        """Whether an original file of this model may hold this tensor that no module uses."""
-        return is_carried(name)
+    def unused_layer(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes, in an original file, of a layer that comes with this model and that no module uses."""
+        return {}
+
+    def rest(self) -> dict[str, Tensor]:
+        """What an original file holds besides the modules' tensors: what came with the model, and markers of what it
+        predicts, those that came where there are any.
+        """
+        said = markers(self.prediction)
+        return said | {name: tensor for name, tensor in self.carried.items() if name not in MARKERS or name in said}
 
     def rebuild_buffers(self, device: torch.device | str) -> None:
         """Make anew the buffers that no file holds."""
@@ -189,23 +216,37 @@ class Family(nn.Module, ABC):
         """The weights under their names and shapes in an original file; nothing is copied before it is asked for."""
         return OriginalTensors(self)
 
+    def description(self) -> dict[str, str]:
+        """The `modelspec.*` metadata that follow from the model alone."""
+        return {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": self.architecture,
+            "modelspec.implementation": "diffusers",
+            "modelspec.implementation_version": IMPLEMENTATION_VERSION,
+            "modelspec.prediction_type": "v" if self.prediction.kind == "v_prediction" else "epsilon",
+        }
+
     def save(
         self,
         path: str | os.PathLike,
         dtype: torch.dtype | None = None,
         metadata: Mapping[str, str] | None = None,
+        counts: Mapping[str, int] | None = None,
     ) -> None:
-        """Write an original single file, .safetensors or .ckpt by its suffix, in `dtype` or as the weights are. With
-        metadata it also gets the hash of its contents.
+        """Write an original single file, .safetensors or .ckpt by its suffix, in `dtype` or as the weights are.
+
+        A .safetensors gets `metadata`, which win over the model's own description, and the hash of its contents; a
+        .ckpt gets the `counts`, such as `global_step`, beside its weights.
         """
-        write_tensors(path, self.tensors(), dtype, metadata, content_hash=metadata is not None)
+        told = self.description() | {**(metadata or {})}
+        write_tensors(path, self.tensors(), dtype, told, content_hash=True, beside=counts or {})
 
 
 class OriginalTensors(LazyTensors):
     """A model's weights in the original layout. Markers say what it predicts, if that is known not to be the noise."""
 
     def __init__(self, model: Family):
-        self._whole = model.carried | markers(model.prediction)
+        self._whole = model.rest()
         self._sources: dict[str, tuple[Place, Mapping[str, Tensor]]] = {}
         for component in model.components().values():
             state = component.module.state_dict()

@@ -1,6 +1,6 @@
 """Weights from files into modules: each tensor is read once, straight into its place, in the precision asked for."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,8 +10,7 @@ from library import console
 from library.errors import UserError, some
 from library.models.family import Family
 from library.models.files.checkpoint import WeightsFile
-from library.models.prediction import MARKERS
-from library.models.sgm_keys import VAE_PREFIX, KeyMap, is_dropped, usual_spelling
+from library.models.sgm_keys import VAE_PREFIX, KeyMap, Shapes, is_carried, is_dropped, usual_keys, usual_shapes
 
 
 def load_vae(
@@ -26,7 +25,7 @@ def load_vae(
     """
     model = _outline(family, file)
     component = model.components()["vae"]
-    _fill(component.module, component.names, file, _usual_keys(file), dtype=dtype, device=device)
+    _fill(component.module, component.names, file, usual_keys(file), dtype=dtype, device=device)
     _assert_materialised(model.vae)
     return model.eval()
 
@@ -46,20 +45,17 @@ def load(
     complete model of this family, or holds tensors that none has.
     """
     model = _outline(family, file)
-    keys = _usual_keys(file)
+    keys = usual_keys(file)
     rest = sorted(keys.keys() - model.tensors().keys())
     dropped = [name for name in rest if is_dropped(name)]
-    unknown = [keys[name] for name in rest if not is_dropped(name) and not model.carries(name)]
-    if unknown:
-        raise UserError(f"{file.path} holds tensors that no {family.title} model has: {some(unknown)}")
+    _check_rest(model, file, keys, rest)
     if dropped:
         console.notice(f"{file.path}: {len(dropped)} tensors of its training (averaged weights, losses) are left out")
     for module, names in model.components().values():
         special = (vae_dtype or dtype, vae_device or device) if module is model.vae else (dtype, device)
         _fill(module, names, file, keys, dtype=special[0], device=special[1])
     for name in rest:
-        # what it predicts is the model's own to say, and may change
-        if not is_dropped(name) and name not in MARKERS:
+        if not is_dropped(name):
             # position ids and tables of the noise schedule are no weights
             weight = name.startswith(family.text_outputs.prefixes) and not name.endswith("position_ids")
             model.carried[name] = file.get(keys[name], dtype if weight else None)
@@ -67,15 +63,6 @@ def load(
     model.rebuild_buffers(device)
     _assert_materialised(model)
     return model.eval()
-
-
-def usual_shapes(file: WeightsFile) -> dict[str, tuple[int, ...]]:
-    """The shapes in a file by the layout's own names."""
-    return {usual_spelling(key): shape for key, shape in file.shapes().items()}
-
-
-def _usual_keys(file: WeightsFile) -> dict[str, str]:
-    return {usual_spelling(key): key for key in file.keys()}  # noqa: SIM118 - a file is no mapping
 
 
 def _outline(family: type[Family], file: WeightsFile) -> Family:
@@ -89,6 +76,32 @@ def _outline(family: type[Family], file: WeightsFile) -> Family:
             f"{unet.cross_attention_dim}"
         )
     return model
+
+
+def _check_rest(model: Family, file: WeightsFile, keys: Mapping[str, str], rest: Sequence[str]) -> None:
+    """Whether the file may hold this `rest`, which no module uses; a layer is in it whole or not at all."""
+    unused = model.unused_layer()
+    unknown = [keys[name] for name in rest if not (is_dropped(name) or is_carried(name) or name in unused)]
+    if unknown:
+        raise UserError(f"{file.path} holds tensors that no {model.title} model has: {some(unknown)}")
+    missing = [name for name in unused if name not in keys]
+    _refuse(file, missing if len(missing) < len(unused) else [], _misshapen(file, keys, unused))
+
+
+def _misshapen(file: WeightsFile, keys: Mapping[str, str], shapes: Shapes) -> list[str]:
+    """Those of the file's tensors, as in a sentence, that have other shapes than these."""
+    return [
+        f"{keys[name]} has shape {file.shape(keys[name])}, not {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in keys and _without_trailing_ones(file.shape(keys[name])) != _without_trailing_ones(shape)
+    ]
+
+
+def _refuse(file: WeightsFile, missing: Sequence[str], misshapen: Sequence[str]) -> None:
+    if missing:
+        raise UserError(f"{file.path} lacks {some(missing)}: it is not a complete Stable Diffusion model")
+    if misshapen:
+        raise UserError(f"{file.path} does not fit together: {some(misshapen)}")
 
 
 def _fill(
@@ -106,24 +119,13 @@ def _fill(
     shape than the module's.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    places = names.places(shapes)
+    missing = [place.key for place in places if place.key not in keys]
+    _refuse(file, missing, _misshapen(file, keys, {place.key: place.shape(shapes) for place in places}))
     state: dict[str, Tensor] = {}
-    missing, misshapen = [], []
-    for place in names.places(shapes):
-        if place.key not in keys:
-            missing.append(place.key)
-            continue
-        key, shape = keys[place.key], place.shape(shapes)
-        if _without_trailing_ones(file.shape(key)) != _without_trailing_ones(shape):
-            misshapen.append(f"{key} has shape {file.shape(key)}, not {shape}")
-        elif not missing and not misshapen:
-            parts = place.divide(file.get(key, dtype), shapes)
-            state |= {name: part.to(device) for name, part in parts.items()}
-    if missing and all(name.startswith(VAE_PREFIX) for name in missing) and len(missing) == len(shapes):
-        raise UserError(f"{file.path} has no autoencoder: name a file that has one with --vae")
-    if missing:
-        raise UserError(f"{file.path} lacks {some(missing)}: it is not a complete Stable Diffusion model")
-    if misshapen:
-        raise UserError(f"{file.path} does not fit together: {some(misshapen)}")
+    for place in places:
+        parts = place.divide(file.get(keys[place.key], dtype), shapes)
+        state |= {name: part.to(device) for name, part in parts.items()}
     module.load_state_dict(state, assign=True)
 
 
@@ -150,7 +152,7 @@ def _assert_materialised(module: nn.Module) -> None:
 
 @contextmanager
 def complete(family: type[Family], file: WeightsFile) -> Iterator[None]:
-    """Say which tensor is missing where shapes are read off a file."""
+    """Say which tensor is missing, or that shapes make no model, where an architecture is read off a file."""
     try:
         yield
     except KeyError as error:
@@ -159,3 +161,8 @@ def complete(family: type[Family], file: WeightsFile) -> Iterator[None]:
         ):
             raise UserError(f"{file.path} has no autoencoder: name a file that has one with --vae") from error
         raise UserError(f"{file.path} lacks {error.args[0]}: it is not a complete {family.title} model") from error
+    except (IndexError, TypeError, ValueError, ArithmeticError) as error:  # from Diffusers' classes, too
+        raise UserError(
+            f"{file.path} does not fit together: no {family.title} model has tensors of such names and shapes, "
+            "give another copy of it"
+        ) from error

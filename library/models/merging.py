@@ -1,7 +1,6 @@
 """Weighted sums of checkpoints in the original layout, made tensor by tensor while they are written."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +24,9 @@ from library.models.files.checkpoint import (
     write_tensors,
 )
 from library.models.metadata import IMPLEMENTATION_VERSION
-from library.models.sgm_keys import UNET_PREFIX, Shapes, is_carried, is_dropped, usual_spelling
+from library.models.noise import Prediction
+from library.models.prediction import prediction_of
+from library.models.sgm_keys import UNET_PREFIX, Shapes, is_carried, is_dropped, usual_keys
 
 # The start of a text encoder's names -> the families that have it, as in a sentence.
 _FAMILIES = {
@@ -60,18 +61,17 @@ class MergedTensors(LazyTensors):
     from training (`model_ema.`) are left out: they would not be those of the merged weights.
 
     Raises:
-        UserError: a file without a U-Net, or files of different families.
+        UserError: a file without a U-Net or with two names for one tensor, or files of different families.
     """
 
     def __init__(self, files: Sequence[WeightsFile], recipe: Recipe):
         self._files, self._recipe = files, recipe
-        names = [{usual_spelling(key): key for key in file.keys()} for file in files]  # noqa: SIM118 - no mapping
+        names = [usual_keys(file) for file in files]
         shapes = [{name: file.shape(key) for name, key in of.items()} for file, of in zip(files, names, strict=True)]
         _check_same_family(files, shapes)
         self.skipped: list[str] = []
         self._sources: dict[str, list[str] | None] = {}  # by name in the first file: names in all, None if not summed
-        for key in files[0].keys():  # noqa: SIM118
-            name = usual_spelling(key)
+        for name, key in names[0].items():
             if is_dropped(name):
                 continue
             summed = _is_weight(name) and (name.startswith(UNET_PREFIX) or not recipe.unet_only)
@@ -203,9 +203,10 @@ def _tell(files: Sequence[WeightsFile], merged: MergedTensors, recipe: Recipe, s
     total = sum(recipe.ratios)
     if abs(total - 1) > 1e-6:
         console.notice(f"the ratios sum to {total:g}, not to 1, and are used as they are")
-    predictions = Counter(prediction for file in files if (prediction := _prediction(file)))
+    predictions = {prediction for file in files if (prediction := prediction_of(file))}
     if len(predictions) > 1:
-        console.warn(f"the models predict different things ({', '.join(sorted(predictions))}): their sum may not work")
+        told = ", ".join(sorted(map(_told, predictions)))
+        console.warn(f"the models predict different things ({told}): their sum may not work")
     console.notice(f"{merged.summed} tensors are merged, {len(merged) - merged.summed} come from the first model")
     if merged.left_out:
         console.notice(f"{merged.left_out} tensors of training (averaged weights, losses) are left out")
@@ -219,9 +220,8 @@ def _tell(files: Sequence[WeightsFile], merged: MergedTensors, recipe: Recipe, s
             print(*merged.skipped, sep="\n")
 
 
-def _prediction(file: WeightsFile) -> str | None:
-    """What the model says its U-Net predicts, if it says so: the marker tensor counts before the metadata."""
-    return "v" if "v_pred" in file.keys() else file.metadata.get("modelspec.prediction_type")  # noqa: SIM118
+def _told(prediction: Prediction) -> str:
+    return prediction.kind + (" with zero terminal SNR" if prediction.zero_terminal_snr else "")
 
 
 def merged_metadata(files: Sequence[WeightsFile], recipe: Recipe, title: str) -> dict[str, str]:

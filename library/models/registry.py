@@ -1,10 +1,13 @@
 """Which families there are, and which of them a file belongs to."""
 
 import hashlib
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,13 +15,15 @@ from library.errors import UserError, some
 from library.models import loading
 from library.models.family import Family, LatentSpec
 from library.models.files.checkpoint import Hashes, WeightsFile, hash_file
+from library.models.files.hub import find_model
 from library.models.files.sources import open_model
-from library.models.loading import complete, usual_shapes
+from library.models.loading import complete
 from library.models.noise import Prediction
-from library.models.prediction import prediction_of
+from library.models.prediction import check_schedule, looks_like_v, prediction_of
+from library.models.prompt_weights import CHUNK, END
 from library.models.sd import StableDiffusion1, StableDiffusion2
 from library.models.sdxl import StableDiffusionXL
-from library.models.sgm_keys import UNET_PREFIX, VAE_PREFIX, is_carried, usual_spelling
+from library.models.sgm_keys import UNET_PREFIX, VAE_PREFIX, Shapes, is_carried, usual_keys, usual_shapes
 
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion1, StableDiffusion2, StableDiffusionXL)
 
@@ -44,6 +49,9 @@ _OTHER_FILES = {
     "text_model.": "is a text encoder without its model: give a complete Stable Diffusion checkpoint",
     "clip_g": "is a Textual Inversion embedding, not a model: give the model that it belongs to",
 }
+_POSITIONS = ("position_embedding.weight", "positional_embedding")
+# What the configuration of an autoencoder says of how its latents are scaled.
+_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # Channels that a U-Net reads besides noisy latents.
 _KINDS = {
     4: None,
@@ -68,8 +76,9 @@ def detect(file: WeightsFile) -> type[Family]:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model says of itself without reading its weights. `name`: what was asked for, `path`: where that is here,
-    `vae`: where its autoencoder comes from instead.
+    """What a model says of itself without reading its weights. `name`: what was asked for, `path`: where that is here;
+    `vae` and `vae_path`: the same of an autoencoder that takes the place of its own. Of a folder's weights those of
+    `variant` come first.
     """
 
     name: str
@@ -80,6 +89,10 @@ class ModelInfo:
     prediction: Prediction | None
     """What it says its denoiser predicts; None if it says nothing."""
     vae: str | None = None
+    vae_path: Path | None = None
+    variant: str | None = None
+    looks_like_v: bool = False
+    """Whether it says nothing and very probably predicts v; see `prediction.looks_like_v`."""
 
     @property
     def kind(self) -> str | None:
@@ -88,7 +101,7 @@ class ModelInfo:
 
     def open(self) -> WeightsFile:
         """Its tensors, under the names of the original layout."""
-        return open_model(self.path, self.vae)
+        return open_model(self.path, self.vae_path, self.variant)
 
     @cached_property
     def hashes(self) -> Hashes | None:
@@ -98,7 +111,7 @@ class ModelInfo:
     @cached_property
     def vae_hashes(self) -> Hashes | None:
         """The same for the file of another autoencoder, if there is one."""
-        return hash_file(self.vae) if self.vae and Path(self.vae).is_file() else None
+        return hash_file(self.vae_path) if self.vae_path and self.vae_path.is_file() else None
 
     @cached_property
     def vae_fingerprint(self) -> str:
@@ -136,11 +149,15 @@ class ModelInfo:
         return model
 
 
-def inspect_model(name: str | os.PathLike, vae: str | os.PathLike | None = None) -> ModelInfo:
+def inspect_model(
+    name: str | os.PathLike, vae: str | os.PathLike | None = None, variant: str | None = None
+) -> ModelInfo:
     """Recognise a model file, folder or repository from its headers; see `open_model`. UserError if it is missing,
-    damaged or no model.
+    damaged, no model, or one that cannot be used here.
     """
-    with open_model(name, vae) as file:
+    path = find_model(name, variant=variant)
+    vae_path = None if vae is None else find_model(vae, flag="--vae")
+    with open_model(path, vae_path, variant) as file:
         family = detect(file)
         with complete(family, file):
             shapes = usual_shapes(file)
@@ -148,11 +165,57 @@ def inspect_model(name: str | os.PathLike, vae: str | os.PathLike | None = None)
             made = shapes[f"{UNET_PREFIX}out.2.weight"][0]
         if latents.channels != made:
             raise UserError(
-                f"{vae or file.path} does not fit: its autoencoder's latents have {latents.channels} channels, those "
-                f"of the U-Net in {file.path} have {made}"
+                f"{vae_path or path} does not fit: its autoencoder's latents have {latents.channels} channels, those "
+                f"of the U-Net in {path} have {made}"
             )
-        own_vae = None if vae is None else str(vae)
-        return ModelInfo(str(name), file.path, family, latents, channels, prediction_of(file), own_vae)
+        _check_text_encoders(file, family, shapes)
+        _check_scaling(vae_path or path, file.configs.get("vae", {}), family)
+        check_schedule(file)
+        said = prediction_of(file)
+        return ModelInfo(
+            name=str(name),
+            path=path,
+            family=family,
+            latents=latents,
+            input_channels=channels,
+            prediction=said,
+            vae=None if vae is None else str(vae),
+            vae_path=vae_path,
+            variant=variant,
+            looks_like_v=said is None and family is StableDiffusion2 and channels == made and looks_like_v(file),
+        )
+
+
+def _check_text_encoders(file: WeightsFile, family: type[Family], shapes: Shapes) -> None:
+    """Whether the text encoders take what the tokenizers here give: one vocabulary, in rows of one length."""
+    for name, shape in shapes.items():
+        rows = shape[0] if shape and name.startswith(family.text_outputs.prefixes) else None
+        if rows is not None and name.endswith("token_embedding.weight") and rows != END + 1:
+            raise UserError(
+                f"{file.path} cannot be used: its {name} is for {rows} tokens, and {family.title} models have "
+                f"{END + 1}, give the model that it was made from"
+            )
+        if rows is not None and name.endswith(_POSITIONS) and rows < CHUNK + 2:
+            raise UserError(
+                f"{file.path} cannot be used: its {name} is for {rows} tokens at once, and captions come in "
+                f"{CHUNK + 2}, give the model that it was made from"
+            )
+
+
+def _check_scaling(path: Path, vae: Mapping[str, Any], family: type[Family]) -> None:
+    """Whether an autoencoder's latents are, by its configuration, as the family's denoisers know them. Many say nothing
+    of it.
+    """
+    own = {name: vae[name] for name in _SCALING if vae.get(name) is not None}
+    factor = own.get("scaling_factor")
+    if isinstance(factor, int | float) and math.isclose(factor, family.latent_scale, rel_tol=1e-4):
+        del own["scaling_factor"]
+    if own:
+        told = " and ".join(f"{name} {value}" for name, value in own.items())
+        raise UserError(
+            f"{path} has an autoencoder with {told}: latents of {family.title} models are scaled by "
+            f"{family.latent_scale} and nothing else, give another one with --vae"
+        )
 
 
 def public_name(name: str) -> str:
@@ -173,7 +236,7 @@ def load_model(
 def fingerprint(file: WeightsFile, prefixes: tuple[str, ...]) -> str:
     """A hash of the tensors whose names start with one of `prefixes`: names, formats, shapes and bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    keys = {usual_spelling(key): key for key in file.keys()}  # noqa: SIM118 - a file is no mapping
+    keys = usual_keys(file)
     for name in sorted(keys):
         if name.startswith(prefixes) and not is_carried(name):
             tensor = file.get(keys[name])

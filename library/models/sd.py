@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, an autoencoder and a U-Net."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
@@ -30,7 +30,17 @@ class _OneTextEncoder(Family):
     latent_scale = 0.18215
     text_layer = 1
     latents_suffix = "_sd.npz"
-    pipeline = "StableDiffusionPipeline"
+    # models that read the depth of a picture are not here: their pipeline needs a model that tells depths
+    pipelines: ClassVar = {
+        4: "StableDiffusionPipeline",
+        8: "StableDiffusionInstructPix2PixPipeline",
+        9: "StableDiffusionInpaintPipeline",
+    }
+    pipeline_settings: ClassVar = {
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "requires_safety_checker": False,
+    }
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: TextEncoder):
         super().__init__(unet, vae, text_encoder)
@@ -83,6 +93,7 @@ class StableDiffusion1(_OneTextEncoder):
     base_model_version = "sd_v1"
     architecture = "stable-diffusion-v1"
     default_size = 512
+    scheduler = "PNDMScheduler"
     text_outputs = TextOutputs("_sd_te_outputs.npz", {"hidden_state1": "hidden_state1"}, (CLIP_PREFIX,))
 
     @classmethod
@@ -112,6 +123,7 @@ class StableDiffusion2(_OneTextEncoder):
     title = "Stable Diffusion 2.x"
     base_model_version = "sd_v2"
     default_size = 512
+    scheduler = "DDIMScheduler"
     text_outputs = TextOutputs("_sd2_te_outputs.npz", {"hidden_state1": "hidden_state1"}, (OPEN_CLIP_PREFIX,))
 
     @classmethod
@@ -136,9 +148,22 @@ class StableDiffusion2(_OneTextEncoder):
     def architecture(self) -> str:
         return "stable-diffusion-v2-768-v" if self.prediction.kind == "v_prediction" else "stable-diffusion-v2-512"
 
-    def carries(self, name: str) -> bool:
-        unused = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{self.text_encoders[0].layers}."
-        return name.startswith(unused) or super().carries(name)
+    @property
+    def picture_size(self) -> int:
+        return 768 if self.prediction.kind == "v_prediction" else self.default_size
+
+    @property
+    def attention_overflows(self) -> bool:
+        return self.prediction.kind == "v_prediction"  # as of version 2.1
+
+    def unused_layer(self) -> dict[str, tuple[int, ...]]:
+        """One layer more, built as the last that is used."""
+        layers = f"{OPEN_CLIP_PREFIX}transformer.resblocks."
+        count, tensors = self.text_encoders[0].layers, self.tensors().outlines()
+        last, unused = f"{layers}{count - 1}.", f"{layers}{count}."
+        return {
+            name.replace(last, unused): tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(last)
+        }
 
     def _text_names(self) -> KeyMap:
         return open_clip_key_map(OPEN_CLIP_PREFIX, self.text_encoders[0].layers)

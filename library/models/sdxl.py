@@ -1,7 +1,7 @@
 """SDXL (Podell et al. 2023, arXiv:2307.01952): two text encoders, an autoencoder, a U-Net that is told sizes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -46,7 +46,19 @@ class StableDiffusionXL(Family):
         {name: name for name in ("hidden_state1", "hidden_state2", "pool2")},
         (SDXL_CLIP_PREFIX, SDXL_OPEN_CLIP_PREFIX),
     )
-    pipeline = "StableDiffusionXLPipeline"
+    pipelines: ClassVar = {
+        4: "StableDiffusionXLPipeline",
+        8: "StableDiffusionXLInstructPix2PixPipeline",
+        9: "StableDiffusionXLInpaintPipeline",
+    }
+    # Our own pictures and those of web UIs are painted with the empty negative prompt encoded, not with zeros.
+    pipeline_settings: ClassVar = {
+        "force_zeros_for_empty_prompt": False,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    scheduler = "EulerDiscreteScheduler"
+    vae_overflows = True
 
     def __init__(
         self,

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from library.errors import UserError
+from library.models.files.weights_file import WeightsFile
+
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer.text_model."  # SD 1.x
@@ -177,6 +180,25 @@ def usual_spelling(key: str) -> str:
         start, name, parameter = match.groups()
         return f"{start}{_VAE_SPELLINGS.get(name, name)}{parameter}"
     return _CLIP_SPELLING.sub(CLIP_PREFIX, key)
+
+
+def usual_keys(file: WeightsFile) -> dict[str, str]:
+    """The layout's own names of a file's tensors -> the file's. UserError if two of its tensors have one name."""
+    names: dict[str, str] = {}
+    for key in file.keys():  # noqa: SIM118 - a file is no mapping
+        name = usual_spelling(key)
+        if name in names:
+            raise UserError(
+                f"{file.path} holds one tensor under two names, {names[name]} and {key}: remove the one that does not "
+                "belong to the model"
+            )
+        names[name] = key
+    return names
+
+
+def usual_shapes(file: WeightsFile) -> dict[str, tuple[int, ...]]:
+    """The shapes in a file by the layout's own names. UserError as from `usual_keys`."""
+    return {name: file.shape(key) for name, key in usual_keys(file).items()}
 
 
 def has_all(shapes: Shapes, *starts: str) -> bool:

@@ -5,6 +5,7 @@ have no class of their own, but for those that others look for.
 """
 
 import re
+from functools import cache
 from typing import NamedTuple
 
 from torch import nn
@@ -31,10 +32,7 @@ _KNOWN_CLASSES = {
 
 
 def neutral_view(module: nn.Module) -> nn.Module:
-    """A tree with the same names and the same leaf modules, whose inner nodes have no class of their own.
-
-    Networks choose modules by class and name; some stop at a class they do not expect.
-    """
+    """A tree with the same names and the same leaf modules, whose inner nodes have no class of their own."""
     children = list(module.named_children())
     if not children or type(module).__name__ in _KNOWN_CLASSES:
         return module
@@ -51,6 +49,12 @@ def text_view(model: nn.Module) -> nn.Module:
     view = nn.Module()
     view.add_module("text_model", neutral_view(model))
     return view
+
+
+@cache
+def _node_class(name: str) -> type[nn.Module]:
+    """A class of this name for a node that only groups others."""
+    return type(name, (nn.Module,), {})
 
 
 # Where a residual block or a sampling layer stands in the original layout.
@@ -74,6 +78,5 @@ def original_view(unet: nn.Module, names: KeyMap) -> nn.Module:
         block = _ORIGINAL_BLOCK.match(original)
         kind = type(modules[ours.rpartition(".")[0]]).__name__
         if block and kind in _KNOWN_CLASSES:
-            node = view.get_submodule(block[0])
-            node.__class__ = type(kind, (nn.Module,), {})
+            view.get_submodule(block[0]).__class__ = _node_class(kind)
     return view

@@ -7,7 +7,7 @@ import torch
 
 from library.models.diffusers_writer import write_folder
 from library.models.family import Family
-from library.models.files.checkpoint import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
+from library.suffixes import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 
 SINGLE_FILES = {"ckpt": ".ckpt", "pt": ".pt", "safetensors": SAFETENSORS_SUFFIX}
 FOLDERS = {"diffusers": False, "diffusers_safetensors": True}  # whether its weights are .safetensors

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from library.errors import UserError
 from library.options.base import option
+from library.suffixes import WEIGHTS_SUFFIXES
 
 _FORMATS = ("fp16", "bf16", "float")
-_FILES = (".safetensors", ".ckpt", ".pt")
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,13 @@ class ConvertOptions:
 
     title: ClassVar[str] = "converting models"
 
-    model_to_load: str | None = option(None, "model: a file, a folder, or owner/name on the hub", metavar="MODEL")
+    model_to_load: str | None = option(None, "model: a file, a folder, or owner/name on the hub", positional=True)
     model_to_save: Path | None = option(  # noqa: RUF009 - makes a field, as dataclasses.field does
-        None, "what to write: a file by its ending, .safetensors or .ckpt, else a folder", metavar="PATH"
+        None, "what to write: a file by its ending, .safetensors or .ckpt, else a folder", positional=True
     )
     v1: bool = option(False, "refuse anything but Stable Diffusion 1.x; which model it is shows in it")
     v2: bool = option(False, "refuse anything but Stable Diffusion 2.x")
+    v_parameterization: bool = option(False, "the model predicts v, and what is written says so")
     unet_use_linear_projection: bool = option(
         False, "has no effect: what kind of projections there are shows in the model"
     )
@@ -41,8 +42,6 @@ class ConvertOptions:
     use_safetensors: bool = option(False, "write the weights of a folder as .safetensors instead of .bin")
 
     def __post_init__(self) -> None:
-        if not self.model_to_load or self.model_to_save is None:
-            raise UserError("give two names: the model to load and the file or folder to write")
         if self.v1 and self.v2:
             raise UserError("--v1 and --v2: a model cannot be both, leave both out")
         given = [f"--{name}" for name in _FORMATS if getattr(self, name)]
@@ -53,7 +52,7 @@ class ConvertOptions:
     @property
     def to_file(self) -> bool:
         """Whether a single file is written."""
-        return self.model_to_save.suffix.lower() in _FILES
+        return self.model_to_save.suffix.lower() in WEIGHTS_SUFFIXES
 
     @property
     def loaded_as(self) -> str | None:
@@ -64,6 +63,12 @@ class ConvertOptions:
     def saved_as(self) -> str | None:
         """The number format that weights are written in; None is as they are loaded."""
         return None if self.save_precision_as == "no" else self.save_precision_as
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers to note in a file; none if neither is asked for."""
+        counts = {"epoch": self.epoch, "global_step": self.global_step}
+        return counts if any(counts.values()) else {}
 
     def fields(self) -> dict[str, str]:
         """The metadata that are asked for."""

@@ -5,8 +5,6 @@ from typing import ClassVar
 
 from library.options.base import option
 
-MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt")
-
 
 @dataclass(frozen=True)
 class ModelOptions:

@@ -53,4 +53,6 @@ def inspect_for_tool(settings: Settings) -> ModelInfo:
 def prediction_for(options: ModelOptions, info: ModelInfo) -> Prediction:
     """What the model is trained to predict. UserError if that contradicts what its file says of it."""
     kind = "v_prediction" if options.v_parameterization else "epsilon"
-    return settle_prediction(info.name, info.prediction, Prediction(kind, options.zero_terminal_snr))
+    return settle_prediction(
+        info.name, info.prediction, Prediction(kind, options.zero_terminal_snr), looks_like_v=info.looks_like_v
+    )

@@ -13,9 +13,10 @@ from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
 from library.options.logging import LogOptions
-from library.options.model import MODEL_SUFFIXES, ModelOptions
+from library.options.model import ModelOptions
 from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
+from library.suffixes import WEIGHTS_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def check_model(options: ModelOptions) -> None:
         )
     for flag, name in (("--pretrained_model_name_or_path", path), ("--vae", options.vae)):
         if name and not os.path.exists(name) and not looks_like_hub_id(name):
-            raise UserError(f"{flag}: {name} does not exist{suggest_path(Path(name), MODEL_SUFFIXES)}")
+            raise UserError(f"{flag}: {name} does not exist{suggest_path(Path(name), WEIGHTS_SUFFIXES)}")
     if options.tokenizer_cache_dir:
         console.notice("--tokenizer_cache_dir has no effect: the tokenizers come with this program")
 

@@ -11,20 +11,13 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError, suggest_path
-from library.models.files.pickled_file import PICKLE_SUFFIXES, PickledFile, write_pickled
-from library.models.files.safetensors_file import (
-    SAFETENSORS_SUFFIX,
-    SafetensorsFile,
-    lay_out,
-    stream,
-    write_safetensors,
-)
+from library.models.files.pickled_file import PickledFile, write_pickled
+from library.models.files.safetensors_file import SafetensorsFile, lay_out, stream, write_safetensors
 from library.models.files.sharded_file import INDEX_SUFFIX, ShardedFile
 from library.models.files.weights_file import LazyTensors, WeightsFile
+from library.suffixes import SAFETENSORS_SUFFIX, WEIGHTS_SUFFIXES
 
 __all__ = [
-    "PICKLE_SUFFIXES",
-    "SAFETENSORS_SUFFIX",
     "Hashes",
     "LazyTensors",
     "WeightsFile",
@@ -37,7 +30,6 @@ __all__ = [
     "write_tensors",
 ]
 
-_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
 _LEGACY_HASH_START, _LEGACY_HASH_BYTES = 0x100000, 0x10000
 
 
@@ -55,7 +47,7 @@ def open_weights(path: str | os.PathLike) -> WeightsFile:
         with path.open("rb") as file:
             start = file.read(9)
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist{suggest_path(path, _SUFFIXES)}") from error
+        raise UserError(f"{path} does not exist{suggest_path(path, WEIGHTS_SUFFIXES)}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if start[8:] == b"{" or not start.startswith((b"PK\x03\x04", b"\x80")):
@@ -148,17 +140,19 @@ def write_tensors(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     content_hash: bool = False,
+    beside: Mapping[str, int] | None = None,
 ) -> None:
     """Write tensors to `path`, in the format its suffix names: .safetensors, or .ckpt/.pt (which keeps no metadata).
 
     Floating-point tensors are stored as `dtype` if one is given. The same content gives the same bytes. One tensor at
     a time is made or copied, each once. With `content_hash` the metadata get `modelspec.hash_sha256`, by which
-    `WeightsFile.verify` knows damage. UserError if the place cannot be written or the suffix is unknown.
+    `WeightsFile.verify` knows damage. `beside` are numbers that a .ckpt gets besides its tensors, which are its
+    `state_dict` then, as in whole models. UserError if the place cannot be written or the suffix is unknown.
     """
-    if not stores_metadata(path) and Path(path).suffix.lower() not in PICKLE_SUFFIXES:
+    if Path(path).suffix.lower() not in WEIGHTS_SUFFIXES:
         raise UserError(f"{path}: the name of a weights file ends in .safetensors or .ckpt")
     with replacing(path) as file:
         if stores_metadata(path):
             write_safetensors(file, tensors, dtype, metadata or {}, content_hash)
         else:
-            write_pickled(file, tensors, dtype)
+            write_pickled(file, tensors, dtype, beside)

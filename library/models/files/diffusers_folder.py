@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig
 
 from library import console
 from library.errors import UserError, some
+from library.models.architecture import count_numbered
 from library.models.files.checkpoint import WeightsFile, open_shards, open_weights
 from library.models.files.folder_files import CONFIG, INDEX, ORIGINAL_LAYOUT, SCHEDULER, is_index, weights_name
 from library.models.files.selection import Selection
@@ -30,6 +31,7 @@ from library.models.sgm_keys import (
     unet_key_map,
     vae_key_map,
 )
+from library.suffixes import WEIGHTS_SUFFIXES
 
 LOGIT_SCALE = math.log(100)  # what CLIP's training ends at, and its cap
 _SD1, _SD2, _SDXL = "sd1", "sd2", "sdxl"
@@ -52,6 +54,8 @@ _TEXT_ARGUMENTS = (
     "vocab_size",
     "projection_dim",
 )
+# What an autoencoder's latents are scaled with: where its configuration says nothing, as its family's are.
+_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # The attention of autoencoders as Diffusers called it before version 0.15.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -125,13 +129,14 @@ class _Made(WeightsFile):
         self._tensors = {}
 
 
-def open_folder(path: Path, variant: str | None = None) -> WeightsFile:
+def open_folder(path: Path, variant: str | None = None, without: Collection[str] = ()) -> WeightsFile:
     """A Diffusers pipeline's tensors under their names in an original file, with what such a file has besides: from the
     folder's `original_layout.safetensors`, or made anew and named in a notice. Weights of a `variant` come first.
+    Components that it is opened `without` are not looked for.
 
     UserError if the folder is no pipeline of Stable Diffusion, or a part of it is missing or damaged.
     """
-    family, components = _recognise(path)
+    family, components = _recognise(path, without)
     with ExitStack() as opened:
         parts = {}
         for component in components:
@@ -140,12 +145,11 @@ def open_folder(path: Path, variant: str | None = None) -> WeightsFile:
         if (path / SCHEDULER).is_file():
             configs["scheduler"] = read_json(path / SCHEDULER)
         entries = {key: (part, key) for part in parts.values() for key in part.keys()}  # noqa: SIM118 - no mappings
-        rest = _rest(path, family, parts)
-        files = {id(file): file for file in (*parts.values(), *(file for file, _ in rest.values()))}
+        side, rest = _rest(path, family, parts)
         opened.pop_all()
         told = parts["unet"].metadata.items()  # but for what holds for that one file
         metadata = {name: text for name, text in told if name != "format" and "hash" not in name}
-        return Selection(path, entries | rest, files.values(), metadata, configs)
+        return Selection(path, entries | rest, [*parts.values(), side], metadata, configs)
 
 
 def open_component(folder: Path, component: str) -> WeightsFile:
@@ -192,15 +196,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _recognise(path: Path) -> tuple[str, list[str]]:
+def _recognise(path: Path, without: Collection[str] = ()) -> tuple[str, list[str]]:
     """The family of the model in a folder, and the parts that it has to have."""
     if not (path / INDEX).is_file():
         raise UserError(f"{path} is a folder without {INDEX}, so no model in Diffusers' layout{_better(path)}")
     index = read_json(path / INDEX)
     present = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
-    components = [name for name in _CLASSES if present.get(name)]
+    components = [name for name in _CLASSES if present.get(name) and name not in without]
     wrong = [name for name in components if present[name] not in _CLASSES[name]]
-    if wrong or not {"unet", "vae", "text_encoder"} <= {*components}:
+    if wrong or not {"unet", "vae", "text_encoder"} - {*without} <= {*components}:
         why = (
             f"its {wrong[0]} is a {present[wrong[0]]}"
             if wrong
@@ -219,7 +223,7 @@ def _recognise(path: Path) -> tuple[str, list[str]]:
 
 def _better(path: Path) -> str:
     """The end of a sentence about a folder that is no model: what to give instead."""
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".safetensors", ".ckpt"))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in WEIGHTS_SUFFIXES)
     if len(files) == 1:
         return f": give the file in it, {files[0]}"
     inner = [folder for folder in path.iterdir() if (folder / INDEX).is_file()]
@@ -243,7 +247,7 @@ def _open_part(folder: Path, component: str, family: str, variant: str | None) -
 
 
 def _arguments(path: Path, component: str) -> dict[str, Any]:
-    """A component's configuration as arguments of its class, complete for those of Diffusers."""
+    """A component's configuration as arguments of its class, complete for those of Diffusers but for the scaling."""
     config = read_json(path)
     if component.startswith("text_encoder"):
         defaults = CLIPTextConfig()
@@ -252,7 +256,11 @@ def _arguments(path: Path, component: str) -> dict[str, Any]:
         raise UserError(f"{path} is of a {config['_class_name']}, which is not that of Stable Diffusion")
     kind = UNet2DConditionModel if component == "unet" else AutoencoderKL
     parameters = [p for p in inspect.signature(kind.__init__).parameters.values() if p.default is not p.empty]
-    values = {parameter.name: config.get(parameter.name, parameter.default) for parameter in parameters}
+    values = {
+        parameter.name: config.get(parameter.name, parameter.default)
+        for parameter in parameters
+        if parameter.name in config or parameter.name not in _SCALING
+    }
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
@@ -272,26 +280,24 @@ def _key_map(component: str, family: str, names: list[str], config: Mapping[str,
     if component == "unet":
         return unet_key_map(config)
     if component == "vae":
-        layers, levels = _count(names, "encoder.down_blocks.0.resnets."), _count(names, "encoder.down_blocks.")
+        layers = count_numbered(names, "encoder.down_blocks.0.resnets.")
+        levels = count_numbered(names, "encoder.down_blocks.")
         return vae_key_map({"layers_per_block": layers, "block_out_channels": (0,) * levels})
     if component == "text_encoder_2":
-        layers = _count(names, "text_model.encoder.layers.")
+        layers = count_numbered(names, "text_model.encoder.layers.")
         return open_clip_key_map(SDXL_OPEN_CLIP_PREFIX, layers, projects=True)
     if family == _SD2:
-        return open_clip_key_map(OPEN_CLIP_PREFIX, _count(names, "encoder.layers."))
+        return open_clip_key_map(OPEN_CLIP_PREFIX, count_numbered(names, "encoder.layers."))
     return clip_key_map(SDXL_CLIP_PREFIX if family == _SDXL else CLIP_PREFIX)
 
 
-def _count(names: list[str], start: str) -> int:
-    """How many different numbers follow `start` in the names."""
-    return len({name[len(start) :].split(".", 1)[0] for name in names if name.startswith(start)})
-
-
-def _rest(path: Path, family: str, parts: Mapping[str, WeightsFile]) -> dict[str, tuple[WeightsFile, str]]:
-    """What an original file has besides: name -> (file, name there)."""
+def _rest(
+    path: Path, family: str, parts: Mapping[str, WeightsFile]
+) -> tuple[WeightsFile, dict[str, tuple[WeightsFile, str]]]:
+    """What an original file has besides: one more file, and name -> (file, name there)."""
     if (path / ORIGINAL_LAYOUT).is_file():
         file = open_weights(path / ORIGINAL_LAYOUT)
-        return {key: (file, key) for key in file.keys()}  # noqa: SIM118 - a file is no mapping
+        return file, {key: (file, key) for key in file.keys()}  # noqa: SIM118 - a file is no mapping
     copied, made = {}, {}
     if family == _SD2:
         copied, made = _unused_of_sd2(parts["text_encoder"])
@@ -307,7 +313,7 @@ def _rest(path: Path, family: str, parts: Mapping[str, WeightsFile]) -> dict[str
     names += [f"{OPEN_CLIP_PREFIX}transformer.resblocks.{number}" for number in layers]
     console.notice(f"{path} has no {ORIGINAL_LAYOUT}: what no folder of Diffusers' holds is made anew, {some(names)}")
     file = _Made(path, made)
-    return copied | {key: (file, key) for key in made}
+    return file, copied | {key: (file, key) for key in made}
 
 
 def _unused_of_sd2(part: WeightsFile) -> tuple[dict[str, tuple[WeightsFile, str]], dict[str, Tensor]]:
@@ -315,7 +321,7 @@ def _unused_of_sd2(part: WeightsFile) -> tuple[dict[str, tuple[WeightsFile, str]
     before it, a projection and a scale.
     """
     keys, start = part.keys(), f"{OPEN_CLIP_PREFIX}transformer.resblocks."
-    layers = _count(keys, start)
+    layers = count_numbered(keys, start)
     last = f"{start}{layers - 1}."
     copied = {key.replace(last, f"{start}{layers}."): (part, key) for key in keys if key.startswith(last)}
     shape = part.shapes().get(f"{OPEN_CLIP_PREFIX}ln_final.weight", (1024,))

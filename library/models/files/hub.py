@@ -16,15 +16,15 @@ from library.models.files.folder_files import (
     shard_pattern,
     weights_name,
 )
+from library.suffixes import WEIGHTS_SUFFIXES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PATIENCE = 10  # seconds for the hub's first answer
-_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def looks_like_hub_id(name: str) -> bool:
     """Whether it has the form `owner/name` of a repository, and does not name a file of weights."""
-    return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(_WEIGHTS)
+    return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(WEIGHTS_SUFFIXES)
 
 
 def find_model(
@@ -40,7 +40,7 @@ def find_model(
     if path.exists():
         return path
     text = os.fspath(name)
-    near = suggest_path(path, _WEIGHTS) or suggest_path(path, folder=True)
+    near = suggest_path(path, WEIGHTS_SUFFIXES) or suggest_path(path, folder=True)
     # `owner/name` with a folder `owner` here, and in it something of nearly that name, is a mistyped path
     if looks_like_hub_id(text) and not (path.parent.is_dir() and near):
         return _download(text, flag, variant)
@@ -129,7 +129,8 @@ def _cached(name: str, flag: str, why: str) -> Path:
 
 def _what_it_holds(names: Collection[str], flag: str) -> str:
     """The end of a sentence about a repository without what is read."""
-    files = sorted(name for name in names if name.lower().endswith((".safetensors", ".ckpt")))
+    files = sorted(name for name in names if name.lower().endswith(WEIGHTS_SUFFIXES))
+    files = [name for name in files if "/" not in name] or files
     what = "no autoencoder" if flag == "--vae" else f"no {INDEX}, so no model in Diffusers' layout"
     hint = f": download {some(files)} from it and give that file" if files else ""
     return f"has {what}{hint}"

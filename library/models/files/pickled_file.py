@@ -18,8 +18,6 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.files.weights_file import WeightsFile, bytes_to_store, cast, outlines_of, stored_dtype
 
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-
 # What training programs leave beside the weights. It is read as nothing: none of these classes is ever imported.
 _PASSED_OVER = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -136,7 +134,7 @@ def _load(path: Path, mapped: set[tuple[int, int]] | None) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle fails in as many ways as there are instructions
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
             raise UserError(
                 f"{path} holds more than tensors, which could run code when it is opened, so it is not read: "
                 "convert it to .safetensors where you trust it, or use a .safetensors copy of the model"
@@ -202,18 +200,26 @@ class _Pickler(pickle.Pickler):
         return value.how_to_rebuild() if isinstance(value, _Stored) else NotImplemented
 
 
-def write_pickled(file: IO[bytes], tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Write what `torch.save` of a dictionary of the tensors would, without metadata and with names in order.
+def write_pickled(
+    file: IO[bytes],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    beside: Mapping[str, int] | None = None,
+) -> None:
+    """Write what `torch.save` of a dictionary of the tensors would, without metadata and with names in order. With
+    numbers `beside` them, also with none, that dictionary is the entry `state_dict` of another, as in whole models.
 
     `torch.save` would need all of them in memory at once, in their final format: it takes complete objects only.
     """
     outlines = outlines_of(tensors)
     names = sorted(outlines)
     # The pickler writes an object that it has met as a reference: whether names are those objects must not be chance.
-    content = {
+    content: dict[str, Any] = {
         sys.intern(name): _Stored(str(number), tuple(outlines[name].shape), stored_dtype(outlines[name], dtype))
         for number, name in enumerate(names)
     }
+    if beside is not None:
+        content = {"state_dict": content, **{sys.intern(name): number for name, number in sorted(beside.items())}}
     pickled = BytesIO()
     _Pickler(pickled, protocol=2).dump(content)
     with zipfile.ZipFile(file, "w") as archive:

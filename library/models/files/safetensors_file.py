@@ -16,10 +16,10 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from library import console
 from library.errors import UserError
 from library.models.files.weights_file import WeightsFile, bytes_of, bytes_to_store, outlines_of, stored_dtype
 
-SAFETENSORS_SUFFIX = ".safetensors"
 CONTENT_HASH = "modelspec.hash_sha256"
 
 # In safetensors' own order, which decides the order of the tensors in a file: later ones come first.
@@ -47,6 +47,8 @@ _LARGEST_HEADER = 100_000_000  # the format's own limit
 _CHUNK = 1 << 20
 _NO_HASH = "0x" + "0" * 64  # keeps the place of a hash that is known only when everything is written
 
+# Which program wrote a file, in its metadata, and how ours begins there.
+_WRITER, _OURS = "modelspec.implementation_version", "atelier"
 # Metadata that holds the SHA-256 of everything after the header, with or without 0x before it.
 _HASHES_OF_CONTENT = (CONTENT_HASH, "sshs_model_hash")
 
@@ -142,11 +144,18 @@ class SafetensorsFile(WeightsFile):
         self._file.seek(self._data_start)
         while count := self._file.readinto(chunk):
             digest.update(chunk[:count])
-        if wanted != {digest.hexdigest()}:
+        if wanted == {digest.hexdigest()}:
+            return
+        if self.metadata.get(_WRITER, "").startswith(_OURS):
             raise UserError(
                 f"{self.path} is damaged: its contents do not have the hash that its header tells, copy it again (a "
                 "program that changes weights and keeps the old metadata leaves the same)"
             )
+        # other programs are known to change weights and to keep a hash that was somebody else's
+        console.warn(
+            f"{self.path}: its contents do not have the hash that its header tells, so it is damaged, or a program has "
+            "changed its weights and kept the old metadata"
+        )
 
     def close(self) -> None:
         self._file.close()

@@ -13,14 +13,18 @@ from library.models.sgm_keys import VAE_PREFIX, is_dropped, usual_spelling
 _ORIGINAL, _DIFFUSERS = "encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"
 
 
-def open_model(name: str | os.PathLike, vae: str | os.PathLike | None = None) -> WeightsFile:
+def open_model(
+    name: str | os.PathLike, vae: str | os.PathLike | None = None, variant: str | None = None
+) -> WeightsFile:
     """A model's tensors under the names of the original layout: from a file, a Diffusers folder or a repository of the
-    hub. With `vae`, its autoencoder is the one found there (see `open_vae`).
+    hub, weights of a `variant` before others. With `vae`, its autoencoder is the one found there (see `open_vae`); its
+    own need not exist.
 
     UserError if there is no such thing, or it is damaged.
     """
-    path = find_model(name)
-    file = open_folder(path) if path.is_dir() else open_weights(path)
+    path = find_model(name, variant=variant)
+    replaced = () if vae is None else ("vae",)
+    file = open_folder(path, variant, without=replaced) if path.is_dir() else open_weights(path)
     if vae is None:
         return file
     try:
