@@ -236,6 +236,8 @@ def main() -> None:
         return
     if arguments.family is None:
         parser.error("--family is missing: sd1, sd2 or sdxl")
+    if arguments.work_dir:
+        arguments.work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as place:
         above = table(arguments.family, Path(place), arguments.only)
     sys.exit(1 if above else 0)

@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, help="where the files go (default: a temporary folder)")
     arguments = parser.parse_args()
     console.setup(None)
+    if arguments.work_dir:
+        arguments.work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as place:
         lost = round_trips(arguments.family, Path(place))
     sys.exit(1 if lost else 0)

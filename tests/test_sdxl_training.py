@@ -10,19 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.generation.paint import paint
-from library.generation.prompts import parse_line
-from library.generation.samplers import make_scheduler
-from library.models.family import Family
 from library.models.registry import load_model
-from networks.lora import create_network_from_weights
 from tests import tiny
-from tests.pipelines import picture_of, pipeline_of, pixels
 from tests.processes import ACCELERATE
 from tests.processes import run as run_command
 from tests.test_lora_names import published_shapes
 from tests.test_training import PROPORTIONAL, ROUNDING, assert_equal_to_rounding, up_weights
 from tests.tiny import largest_difference, read_log, scalars, stored
+from tests.trained import check_in_diffusers, check_previews
 
 # Diffusers on a recent NumPy
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -96,15 +91,6 @@ def weights_of(file: Path, part: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in load_file(file).items() if part in key}
 
 
-def with_lora(model: Family, file: Path) -> Family:
-    points = model.attach_points()
-    network, weights = create_network_from_weights(1.0, file, None, points.text_encoders, points.unet)
-    network.apply_to(points.text_encoders, points.unet)
-    network.load_state_dict(weights)
-    model.lora = network.eval()  # that it lives as long
-    return model
-
-
 def test_a_run_ends_well_and_both_text_encoders_and_the_unet_have_learned(work):
     folder, result = work
     assert result.returncode == 0, result.stderr
@@ -144,25 +130,11 @@ def test_the_metadata_are_sdxls(work):
 
 
 def test_previews_are_those_of_the_saved_file(work, xl_file):
-    folder = work[0]
-    plain, trained = load_model(xl_file), with_lora(load_model(xl_file), folder / "out" / "run.safetensors")
-    for number, line in enumerate(PROMPTS):
-        (preview,) = (folder / "out" / "sample").glob(f"run_000006_{number:02d}_*.png")
-        shown = pixels(Image.open(preview))
-        assert np.abs(shown - pixels(paint(trained, parse_line(line)))).max() <= 1
-        assert np.abs(shown - pixels(paint(plain, parse_line(line)))).mean() > 2
+    check_previews(work[0] / "out", "000006", PROMPTS, lambda: load_model(xl_file))
 
 
 def test_the_lora_paints_in_diffusers_what_it_paints_here(work, xl_file):
-    file = work[0] / "out" / "run.safetensors"
-    request = parse_line("sks, a red circle --n blue --w 32 --h 48 --s 6 --l 5 --d 3")
-    plain = pixels(paint(load_model(xl_file), request))
-    ours = pixels(paint(with_lora(load_model(xl_file), file), request))
-    model = load_model(xl_file)
-    pipeline = pipeline_of(model, make_scheduler("ddim", model.noise_process()))
-    pipeline.load_lora_weights(file)
-    assert np.abs(ours - plain).mean() > 4, "the LoRA must be seen for its picture to be compared"
-    assert np.abs(ours - picture_of(pipeline, request)).mean() < 0.2
+    check_in_diffusers(work[0] / "out" / "run.safetensors", lambda: load_model(xl_file))
 
 
 def test_everything_cached_trains_as_nothing_cached(xl_run, pictures, tmp_path):

@@ -5,23 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from library.generation.paint import paint
-from library.generation.prompts import parse_line
-from library.generation.samplers import make_scheduler
 from library.models.family import Family
 from library.models.files.checkpoint import open_weights, write_tensors
 from library.models.noise import Prediction
 from library.models.registry import load_model
-from networks.lora import create_network_from_weights
-from tests.pipelines import picture_of, pipeline_of, pixels
 from tests.processes import train_script
 from tests.test_lora_names import published_shapes
 from tests.test_training import PROPORTIONAL, assert_equal_to_rounding
 from tests.tiny import draw_pictures, largest_difference, read_log, scalars
+from tests.trained import check_in_diffusers, check_previews
 
 # Diffusers on a recent NumPy
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -93,15 +88,6 @@ def predicting_v(path: Path) -> Family:
     return model
 
 
-def with_lora(model: Family, file: Path) -> Family:
-    (text_encoder,), unet = model.attach_points()
-    network, weights = create_network_from_weights(1.0, file, None, text_encoder, unet)
-    network.apply_to(text_encoder, unet)
-    network.load_state_dict(weights)
-    model.lora = network.eval()  # that it lives as long
-    return model
-
-
 def test_a_run_ends_well_and_both_parts_have_learned(work):
     folder, result = work
     assert result.returncode == 0, result.stderr
@@ -141,26 +127,11 @@ def test_the_metadata_tell_version_and_prediction(work, v2_run):
 
 def test_previews_are_those_of_the_saved_file(work, v2_file):
     """Painted towards v, as the run was."""
-    folder = work[0]
-    trained = with_lora(predicting_v(v2_file), folder / "out" / "run.safetensors")
-    plain = predicting_v(v2_file)
-    for number, line in enumerate(PROMPTS):
-        (preview,) = (folder / "out" / "sample").glob(f"run_000006_{number:02d}_*.png")
-        shown = pixels(Image.open(preview))
-        assert np.abs(shown - pixels(paint(trained, parse_line(line)))).max() <= 1
-        assert np.abs(shown - pixels(paint(plain, parse_line(line)))).mean() > 2
+    check_previews(work[0] / "out", "000006", PROMPTS, lambda: predicting_v(v2_file))
 
 
 def test_the_lora_paints_in_diffusers_what_it_paints_here(work, v2_file):
-    file = work[0] / "out" / "run.safetensors"
-    request = parse_line("sks, a red circle --n blue --w 32 --h 48 --s 6 --l 5 --d 3")
-    plain = pixels(paint(predicting_v(v2_file), request))
-    ours = pixels(paint(with_lora(predicting_v(v2_file), file), request))
-    model = predicting_v(v2_file)
-    pipeline = pipeline_of(model, make_scheduler("ddim", model.noise_process()))
-    pipeline.load_lora_weights(file)
-    assert np.abs(ours - plain).mean() > 4, "the LoRA must be seen for its picture to be compared"
-    assert np.abs(ours - picture_of(pipeline, request)).mean() < 0.2
+    check_in_diffusers(work[0] / "out" / "run.safetensors", lambda: predicting_v(v2_file))
 
 
 def test_cached_outputs_train_as_those_of_every_step(v2_run, tmp_path):

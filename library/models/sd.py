@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, an autoencoder and a U-Net."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -81,8 +82,9 @@ class _OneTextEncoder(Family):
             "text_encoder": Component(self.text_encoders[0].model, self._text_names()),
         }
 
+    @abstractmethod
     def _text_names(self) -> KeyMap:
-        raise NotImplementedError
+        """The names of the text encoder's tensors in an original file."""
 
 
 class StableDiffusion1(_OneTextEncoder):

@@ -19,6 +19,7 @@ from library.models.architecture import count_numbered
 from library.models.files.checkpoint import WeightsFile, open_shards, open_weights
 from library.models.files.folder_files import CONFIG, INDEX, ORIGINAL_LAYOUT, SCHEDULER, is_index, weights_name
 from library.models.files.selection import Selection
+from library.models.files.weights_file import HeldTensors
 from library.models.sgm_keys import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
@@ -106,27 +107,15 @@ class _Converted(WeightsFile):
         return shape[:2] if place.convolved and shape[2:] == (1, 1) else shape
 
 
-class _Made(WeightsFile):
+class _Made(HeldTensors):
     """Tensors in memory as a file's."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self.path, self.metadata, self._tensors = path, {}, dict(tensors)
 
-    def keys(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key].shape)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._tensors[key].dtype
-
     def get(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         tensor = self._tensors[key]
         return tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=True)
-
-    def close(self) -> None:
-        self._tensors = {}
 
 
 def open_folder(path: Path, variant: str | None = None, without: Collection[str] = ()) -> WeightsFile:

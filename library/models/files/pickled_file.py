@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.files.weights_file import WeightsFile, bytes_to_store, cast, outlines_of, stored_dtype
+from library.models.files.weights_file import HeldTensors, bytes_to_store, cast, outlines_of, stored_dtype
 
 # What training programs leave beside the weights. It is read as nothing: none of these classes is ever imported.
 _PASSED_OVER = (
@@ -55,7 +55,7 @@ class _PassedOver:
         pass
 
 
-class PickledFile(WeightsFile):
+class PickledFile(HeldTensors):
     """An open file of `torch.save`; tensors come off the disk when they are asked for, except in files of PyTorch 1.5
     and older, which are read at once. UserError if it is damaged or would run code.
     """
@@ -74,15 +74,6 @@ class PickledFile(WeightsFile):
         if not self._tensors:
             raise UserError(f"{path} holds no named tensors, so it is not a model")
 
-    def keys(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key].shape)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._tensors[key].dtype
-
     def get(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         stored = self._tensors[key]
         tensor = cast(stored, dtype)
@@ -99,9 +90,6 @@ class PickledFile(WeightsFile):
             if archive.testzip() is None:
                 return
         raise UserError(f"{self.path} is damaged: its contents do not have the checksums beside them, copy it again")
-
-    def close(self) -> None:
-        self._tensors = {}
 
 
 def _can_be_mapped(path: Path) -> bool:

@@ -58,6 +58,24 @@ class WeightsFile(AbstractContextManager["WeightsFile"]):
         self.close()
 
 
+class HeldTensors(WeightsFile):
+    """A file whose tensors are there as `_tensors` while it is open."""
+
+    _tensors: Mapping[str, Tensor]
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensors[key].dtype
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
 def outlines_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Tensors to take number formats and shapes from; makes none of those that are made when they are asked for."""
     return tensors.outlines() if isinstance(tensors, LazyTensors) else tensors
