@@ -170,7 +170,8 @@ def plain_load(line: Line, dtype: "torch.dtype", peak: Peak) -> "list[Tensor]":
         if source.is_dir():
             tensors = _of_pipeline(DiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=True))
         else:
-            state = load_file(source) if source.suffix == ".safetensors" else torch.load(source, weights_only=True)
+            pickled = source.suffix != ".safetensors"
+            state = torch.load(source, weights_only=True)["state_dict"] if pickled else load_file(source)
             tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in state.values()]
         for tensor in tensors:
             tensor.detach().reshape(-1).view(torch.uint8)[::4096].sum()  # one byte of each page

@@ -207,6 +207,7 @@ def test_an_output_folder_that_cannot_be_written(mistake, tmp_path):
         ({"optimizer_args": ("weight_decoy=1",)}, "AdamW takes no weight_decoy, did you mean weight_decay?"),
         ({"optimizer_args": ("betas=2.,2.",)}, "--optimizer_args: AdamW refuses them: Invalid beta parameter"),
         ({"unet_lr": 0, "text_encoder_lr": 0}, "every learning rate of the network is 0"),
+        ({"text_encoder_lr": (0.1, 0.2)}, "--text_encoder_lr: 2 rates are given, but the model has one text encoder"),
         ({"sample_every_n_steps": 2}, "give --sample_prompts a file of them"),
         ({"sample_prompts": "nowhere.txt", "sample_at_first": True}, "nowhere.txt: there is no such prompt file"),
     ],

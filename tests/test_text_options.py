@@ -174,7 +174,7 @@ def test_a_layer_that_is_not_there_is_a_mistake(train, words, capsys):
     with pytest.raises(SystemExit) as end:
         train([*words("out"), "--clip_skip", "4"])
     assert end.value.code == 2
-    assert "--clip_skip 4 is too large: this model's text encoder has 3 layers" in capsys.readouterr().err
+    assert "--clip_skip 4 is too large: this model has a text encoder of 3 layers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flag", "value"), [("max_token_length", "100"), ("clip_skip", "0")])

@@ -168,7 +168,7 @@ class Family(nn.Module, ABC):
         layers = min(encoder.layers for encoder in self.text_encoders)
         if options.clip_skip is not None and options.clip_skip > layers:
             raise UserError(
-                f"--clip_skip {options.clip_skip} is too large: this model's text encoder has {layers} layers"
+                f"--clip_skip {options.clip_skip} is too large: this model has a text encoder of {layers} layers"
             )
         if options.clip_skip is not None and options.clip_skip < self.text_layer:
             console.warn(

@@ -122,7 +122,7 @@ class Tracker:
         if self.not_finite is not None:
             raise UserError(
                 f"the loss is not finite since step {self.not_finite}, so nothing is saved: lower the learning rate, "
-                "or use --no_half_vae or another --mixed_precision if it was so from the start"
+                "or, if it was so from the start, use --no_half_vae, another --mixed_precision, or another model file"
             )
 
     def _show(self) -> None:

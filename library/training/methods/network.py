@@ -68,6 +68,10 @@ class NetworkMethod(Method):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         rates = self.options.text_encoder_lr or (None,)
+        encoders = len(self.points.text_encoders)
+        if len(rates) > encoders:
+            count = "one text encoder" if encoders == 1 else f"{encoders} text encoders"
+            raise UserError(f"--text_encoder_lr: {len(rates)} rates are given, but the model has {count}")
         unet_rate, default = self.options.unet_lr, self.default_rate
         several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
         if several is not None:
