@@ -1,7 +1,8 @@
-"""Teaches the miniature model a shape it does not know, and shows what it painted before and after.
+"""Teaches a miniature model a shape it does not know, and shows what it painted before and after.
 
-Draws 12 pictures of a heart that is called "sks", trains a LoRA on them with train_network.py, measures the LoRA on
-pictures that it has not seen, and writes everything to output/quickstart.
+Draws 12 pictures of a heart that is called "sks", trains a LoRA on them with train_network.py (with --sdxl on the SDXL
+miniature, with sdxl_train_network.py), measures the LoRA on pictures that it has not seen, and writes everything to
+output/quickstart.
 """
 
 import argparse
@@ -10,12 +11,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-from examples.miniature.evaluate import MODEL, SAMPLER, SCALE, STEPS
+from examples.miniature.evaluate import MODEL, SAMPLER, SCALE, SDXL_MODEL, STEPS
 from examples.miniature.shapes import COLOURS, Scene, draw, heart
 from examples.sheet import contact_sheet
 from library import cli, console
@@ -37,24 +39,36 @@ PROMPTS = (
 TIMESTEPS = range(50, 1000, 100)
 
 
+class Base(NamedTuple):
+    """A miniature, and the script that trains networks for it."""
+
+    model: Path
+    script: Path
+
+
+SD1, SDXL = Base(MODEL, ROOT / "train_network.py"), Base(SDXL_MODEL, ROOT / "sdxl_train_network.py")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "quickstart")
-    folder = shortest(parser.parse_args().output_dir)
+    parser.add_argument("--sdxl", action="store_true", help="teach the SDXL miniature instead")
+    arguments = parser.parse_args()
+    folder, base = shortest(arguments.output_dir), SDXL if arguments.sdxl else SD1
     console.setup(None)
-    if not MODEL.is_file():
-        raise UserError(f"the miniature model {MODEL} is missing: get it with git, or train it as its README says")
+    if not base.model.is_file():
+        raise UserError(f"the miniature model {base.model} is missing: get it with git, or train it as its README says")
 
     make_writable("--output_dir", str(folder))
     print(f'Drawing {PICTURES} pictures of "{WORD}" and {HELD_OUT} to measure with, in {folder}')
     draw_pictures(folder / "pictures" / f"10_{WORD}", range(PICTURES))
     draw_pictures(folder / "held_out" / f"1_{WORD}", range(PICTURES, PICTURES + HELD_OUT))
 
-    command = training_command(folder)
+    command = training_command(base, folder)
     print("Training the LoRA:", show(command), sep="\n\n", end="\n\n", flush=True)
     if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *command[2:]]).returncode:
         raise UserError("training failed, see the message above")
-    report(folder)
+    report(base, folder)
 
 
 def draw_pictures(folder: Path, numbers: range) -> None:
@@ -79,13 +93,13 @@ def hearts(count: int) -> list[Scene]:
     return list(scenes.values())
 
 
-def training_command(folder: Path) -> list[str]:
+def training_command(base: Base, folder: Path) -> list[str]:
     """The command line of the training, as a user would type it."""
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{prompt} --w 64 --h 64 --d 1 --l {SCALE} --s {STEPS}\n" for prompt in PROMPTS[:2]))
     return [
-        *("accelerate", "launch", "--num_cpu_threads_per_process=2", str(shortest(ROOT / "train_network.py"))),
-        f"--pretrained_model_name_or_path={shortest(MODEL)}",
+        *("accelerate", "launch", "--num_cpu_threads_per_process=2", str(shortest(base.script))),
+        f"--pretrained_model_name_or_path={shortest(base.model)}",
         f"--train_data_dir={folder / 'pictures'}",
         *("--resolution=64", "--cache_latents", "--train_batch_size=4"),
         *("--network_module=networks.lora", "--network_dim=16", "--network_alpha=16"),
@@ -95,7 +109,7 @@ def training_command(folder: Path) -> list[str]:
     ]
 
 
-def report(folder: Path) -> None:
+def report(base: Base, folder: Path) -> None:
     """Measures and paints with the model alone and with the LoRA."""
     with console.quiet_dependencies():
         import torch
@@ -104,11 +118,11 @@ def report(folder: Path) -> None:
         from library.generation.prompts import PromptLine
         from library.models.registry import load_model
         from networks.lora import create_network_from_weights
-    model = load_model(MODEL)
+    model = load_model(base.model)
     points = model.attach_points()
     lora = folder / f"{WORD}.safetensors"
-    network, weights = create_network_from_weights(1.0, lora, model.vae, points.text_encoders[0], points.unet)
-    network.apply_to(points.text_encoders[0], points.unet)
+    network, weights = create_network_from_weights(1.0, lora, model.vae, points.text_encoders, points.unet)
+    network.apply_to(points.text_encoders, points.unet)
     network.load_state_dict(weights)
 
     losses = {}
@@ -131,7 +145,7 @@ def report(folder: Path) -> None:
     print(f"That is {better:.0%} less.\n\nBefore and after: {sheet}\nThe LoRA: {lora}\n\nTo try next:")
     python = str(shortest(Path(sys.executable)))
     print(" ", quoted([python, "-m", "tensorboard.main", "--logdir", str(folder / "logs")]))
-    print(" ", quoted([python, str(shortest(ROOT / "train_network.py")), "--help"]))
+    print(" ", quoted([python, str(shortest(base.script)), "--help"]))
     print(
         " ", quoted([python, str(shortest(ROOT / "examples" / "miniature" / "evaluate.py")), "--sheet", "pictures.png"])
     )
