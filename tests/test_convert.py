@@ -160,12 +160,15 @@ def test_a_model_that_says_nothing_can_be_said_to_predict_v(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["{}/sdxl.safetensors", "{}/x", "--v1"], "--v1: {}/sdxl.safetensors is a SDXL model, leave the flag out"),
+        (["{}/sdxl.safetensors", "{}/x", "--v1"], "--v1: {}/sdxl.safetensors is an SDXL model, leave the flag out"),
         (["{}/sdxl.safetensors", "{}/sdxl.safetensors"], "is the model to load"),
         (["{}/sdxl.safetensor", "{}/x"], "did you mean {}/sdxl.safetensors?"),
         (["{}/sdxl.safetensors"], "required: model_to_save"),
         (["a", "b", "c"], "'c' belongs to no option"),
         (["a", "b", "--metadata", "title"], "--metadata: title is no JSON object"),
+        (["a", "{}/b.safetensor"], "would be a folder, did you mean {}/b.safetensors?"),
+        (["a", "{}/b.CKP"], "would be a folder, did you mean {}/b.ckpt?"),
+        (["{}/sdxl.safetensors", "{}/sd2.safetensors", "--vae", "{}/sd2.safetensors"], "is the autoencoder to read"),
         (["a", "b", "--fp16", "--bf16"], "--fp16 and --bf16: weights are loaded in one format"),
     ],
 )
@@ -179,10 +182,53 @@ def test_mistakes_are_said_in_one_sentence(files, fresh_console, monkeypatch, ca
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["model-v1.5", "model.fp16", "model.v", "model", "my.mix", "model.safetensors"])
+def test_folders_may_have_dots_in_their_names(name):
+    options = cli.parse((ConvertOptions,), ["a", name], description="")[ConvertOptions]
+    assert options.to_file == (name == "model.safetensors")
+
+
+def test_an_autoencoder_of_ones_own(files, repository, tmp_path, monkeypatch):
+    """For a model that has none, and without being removed with the folder that it lies in."""
+    other, prefix = make_model("sd2", vae_config={"block_out_channels": (32, 64)}).tensors(), "first_stage_model."
+    with open_weights(files / "sd2.safetensors") as file:
+        bare = {key: file.get(key) for key in file.keys() if not key.startswith(prefix)}  # noqa: SIM118 - no mapping
+    write_tensors(tmp_path / "bare.safetensors", bare)
+    write_tensors(tmp_path / "vae.safetensors", {key: other[key] for key in other if key.startswith(prefix)})
+    with pytest.raises(UserError, match="name a file that has one with --vae"):
+        convert_here(monkeypatch, tmp_path / "bare.safetensors", tmp_path / "out.safetensors")
+    words = ("--vae", tmp_path / "vae.safetensors")
+    convert_here(monkeypatch, tmp_path / "bare.safetensors", tmp_path / "out.safetensors", *words)
+    out = load_file(tmp_path / "out.safetensors")
+    assert out.keys() == bare.keys() | {key for key in other if key.startswith(prefix)}
+    assert all(torch.equal(out[key], other[key]) for key in other if key.startswith(prefix))
+    folder = shutil.copytree(repository, tmp_path / "repo")
+    with pytest.raises(UserError, match=f"would remove {folder / 'vae'}"):
+        convert_here(monkeypatch, files / "sd2.safetensors", folder, "--vae", folder / "vae")
+
+
+def test_metadata_survive_a_folder_of_pickles(files, tmp_path, monkeypatch):
+    convert_here(monkeypatch, files / "sd2.safetensors", tmp_path / "folder")
+    convert_here(monkeypatch, tmp_path / "folder", tmp_path / "back.safetensors")
+    with open_weights(tmp_path / "back.safetensors") as file:
+        assert file.metadata["modelspec.title"] == "mine"
+        assert "sshs_model_hash" not in file.metadata
+
+
+def test_a_variant_that_is_nowhere_is_said(repository, tmp_path, monkeypatch, fresh_console, capsys):
+    folder = shutil.copytree(repository, tmp_path / "repo")
+    path = folder / "unet/diffusion_pytorch_model.bin"
+    shutil.copy(path, path.with_suffix(".fp16.bin"))
+    for variant, said in (("fp16", 0), ("fp61", 1)):
+        convert_here(monkeypatch, folder, tmp_path / "file.safetensors", "--variant", variant)
+        assert capsys.readouterr().err.count(f"--variant {variant}: {folder} has no such weights") == said
+
+
 def test_flags_are_those_that_scripts_use():
     booleans = {"v1", "v2", "unet_use_linear_projection", "fp16", "bf16", "float", "use_safetensors"}
     booleans |= {"v_parameterization"}  # of ours
     texts = {"save_precision_as", "epoch", "global_step", "metadata", "variant", "reference_model"}
+    texts |= {"vae"}  # of ours
     options = {option.name: option.kind for option in options_of(ConvertOptions)}
     assert options.keys() - {"model_to_load", "model_to_save"} == booleans | texts
     assert {name for name, kind in options.items() if kind is bool} == booleans

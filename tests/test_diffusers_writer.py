@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.generation.paint import paint
 from library.generation.prompts import PromptLine
 from library.models import diffusers_writer
-from library.models.diffusers_writer import scheduler, write_folder
+from library.models.diffusers_writer import check_replaceable, scheduler, write_folder
 from library.models.files.safetensors_file import SafetensorsFile
 from library.models.noise import Prediction
 from library.models.registry import load_model
@@ -146,8 +146,8 @@ def test_an_older_model_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="model cannot be written: No space left"):
             write_folder(make_model("sdxl"), folder)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    (tmp_path / "model.tmp").mkdir()
-    (tmp_path / "model.tmp" / "half").write_text("")  # of a run that was killed
+    (tmp_path / "model.tmp/unet").mkdir(parents=True)  # of a run that was killed
+    (tmp_path / "model.tmp/unet/diffusion_pytorch_model.safetensors.123.tmp").write_text("half")
     os.replace(folder, tmp_path / "model.replaced.tmp")  # and of one between its last two steps
     with monkeypatch.context() as patch:
         patch.setattr(diffusers_writer, "_write_tokenizer", full_disk)
@@ -176,6 +176,55 @@ def test_what_a_user_put_beside_a_model_is_not_removed(tmp_path):
     with pytest.raises(UserError, match=r"\(my_loras, v1-5\.safetensors\), which would be lost"):
         write_folder(make_model(), tmp_path / "model")
     assert (tmp_path / "model/v1-5.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "own", ["unet/own/a", "vae/notes.txt", "vae/mine.safetensors", "tokenizer/words.json", "scheduler/old.json"]
+)
+def test_what_a_user_put_into_a_part_is_not_removed(tmp_path, reference, own):
+    shutil.copytree(reference, tmp_path / "model")
+    (tmp_path / "model" / own).parent.mkdir(exist_ok=True)
+    (tmp_path / "model" / own).write_text("mine")
+    named = "/".join(own.split("/")[:2])
+    with pytest.raises(UserError, match=rf"\({named}\), which would be lost"):
+        write_folder(make_model(), tmp_path / "model")
+    assert (tmp_path / "model" / own).read_text() == "mine"
+
+
+def test_what_other_programs_write_is_a_model_to_replace(tmp_path, reference):
+    shutil.copytree(reference, tmp_path / "model")
+    weights = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
+    for end in ("fp16.safetensors", "safetensors.index.json", "bin", "fp16-00001-of-00002.safetensors"):
+        shutil.copy(weights, weights.with_name(f"diffusion_pytorch_model.{end}"))
+    (tmp_path / "model/text_encoder/pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "model/tokenizer/tokenizer.json").write_bytes(b"")
+    check_replaceable(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["model.tmp", "model.replaced.tmp"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_users_folder_is_not_taken_for_an_unfinished_one(tmp_path, reference, name, exists):
+    if exists:
+        shutil.copytree(reference, tmp_path / "model")
+    (tmp_path / name / "unet").mkdir(parents=True)
+    (tmp_path / name / "unet/photo.png").write_text("mine")
+    with pytest.raises(UserError, match=rf"{name} is in the way .*\(unet/photo\.png\)"):
+        write_folder(make_model(), tmp_path / "model")
+    assert (tmp_path / name / "unet/photo.png").read_text() == "mine"
+    shutil.rmtree(tmp_path / name)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{name} is in the way"):
+        check_replaceable(tmp_path / "model")
+
+
+def test_a_copied_tokenizer_brings_nothing_else(tmp_path, reference):
+    shutil.copytree(reference, tmp_path / "theirs")
+    (tmp_path / "theirs/tokenizer/.cache").mkdir()
+    (tmp_path / "theirs/tokenizer/notes.txt").write_text("theirs")
+    write_folder(make_model(), tmp_path / "model", reference=tmp_path / "theirs")
+    names = {file.name for file in (reference / "tokenizer").iterdir()}
+    assert {file.name for file in (tmp_path / "model/tokenizer").iterdir()} == names
+    check_replaceable(tmp_path / "model")
 
 
 def test_the_folder_one_stands_in(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ CONV = f"{UNET}input_blocks.0.0.weight"
 CONTEXT = f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 TEXT = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+IMPLEMENTATION = "modelspec.implementation_version"
 EPSILON = {"modelspec.architecture": "stable-diffusion-v1", "modelspec.prediction_type": "epsilon"}
 
 Tensors = dict[str, torch.Tensor]
@@ -113,7 +114,7 @@ def test_equal_shares_and_both_formats_as_a_program_of_its_own(save, tmp_path):
     words = ["--models", *files, "--output", tmp_path / "new" / "out.ckpt"]
     done = run([sys.executable, SCRIPT, *words], 60, OMP_NUM_THREADS="1")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'new' / 'out.ckpt'} written\n"), done.stderr
-    merged = torch.load(tmp_path / "new" / "out.ckpt", weights_only=True)
+    merged = torch.load(tmp_path / "new" / "out.ckpt", weights_only=True)["state_dict"]
     assert_close(merged, expected((0.5, 0.5), *models))
 
 
@@ -312,6 +313,24 @@ def test_files_that_are_missing_or_broken(mistake, save, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(two.read_bytes()[:-100])
     assert "its last 100 bytes are missing" in mistake("--models", one, cut, *output)
+
+
+def test_damage_is_found_before_and_after(tool, mistake, tmp_path, save):
+    """A flipped bit would change the sum and nothing would say so."""
+    whole, output = save("whole.safetensors", weights(0)), tmp_path / "out.safetensors"
+    write_tensors(tmp_path / "b.safetensors", weights(1), None, {IMPLEMENTATION: "atelier"}, content_hash=True)
+    tool("--models", whole, tmp_path / "b.safetensors", "--output", output)
+    with open_weights(output) as file:
+        assert "modelspec.hash_sha256" in file.metadata
+        file.verify()
+    for path in (output, tmp_path / "b.safetensors", save("c.ckpt", weights(1))):
+        content = bytearray(path.read_bytes())
+        place = content.index(b"PK\x03\x04", 3000) - 5 if path.suffix == ".ckpt" else -5
+        content[place] ^= 1
+        path.write_bytes(content)
+        assert f"{path} is damaged: its contents" in mistake(
+            "--models", whole, path, "--output", tmp_path / "new.safetensors"
+        )
 
 
 def test_models_of_different_families(mistake, save, tmp_path):

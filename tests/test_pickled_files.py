@@ -225,6 +225,28 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch, zipped, paylo
     assert (tmp_path / "ran").exists()  # the payload is one
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_of_anything_is_not_called_damaged(tmp_path, monkeypatch, protocol):
+    monkeypatch.chdir(tmp_path)
+    Path("plain.ckpt").write_bytes(pickle.dumps({"a": Command()}, protocol))
+    with pytest.raises(UserError) as error:
+        open_weights("plain.ckpt")
+    assert "copy it again" not in str(error.value)
+    assert ("could run code" in str(error.value)) == (protocol >= 2)  # older ones do not begin as anything
+    Path("plain.ckpt").write_bytes(pickle.dumps([1, 2], protocol))
+    with pytest.raises(UserError, match=r"is (a text file|no model|a pickle but no PyTorch weights file)"):
+        open_weights("plain.ckpt")
+    assert not Path("ran").exists()
+
+
+def test_an_incomplete_file_of_old_is_called_so(tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.ckpt", _use_new_zipfile_serialization=False)
+    (tmp_path / "part.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:200])
+    with pytest.raises(UserError, match="damaged or incomplete: copy it again"):
+        open_weights(tmp_path / "part.ckpt")
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_tar_of_pickles_is_refused(tmp_path, monkeypatch, mode):
     """The oldest format of PyTorch, which needs code that is not restricted."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models import registry
+from library.models.diffusers_writer import write_folder
 from library.models.files.checkpoint import hash_file, open_weights, write_tensors
 from library.models.registry import inspect_model
 from library.models.sgm_keys import VAE_PREFIX
@@ -142,6 +143,30 @@ def test_an_autoencoder_that_scales_otherwise_is_refused(model_files, vae_folder
         return
     with pytest.raises(UserError, match=f"^{folder} has an autoencoder with {told}"):
         inspect_model(model_files(family), folder)
+
+
+@pytest.mark.parametrize(("family", "other", "scale"), [("sdxl", "sd1", 0.18215), ("sd2", "sdxl", 0.13025)])
+def test_a_whole_model_of_another_scale_is_refused(tmp_path, model_files, family, other, scale):
+    """As a file, and as a folder whose autoencoder says nothing of it, as that of Stable Diffusion 1.5."""
+    write_folder(tiny.make_model(other), tmp_path / "folder")
+    config = tmp_path / "folder/vae/config.json"
+    told = json.loads(config.read_text())
+    del told["scaling_factor"]
+    config.write_text(json.dumps(told))
+    for path in (model_files(other), tmp_path / "folder"):
+        with pytest.raises(UserError, match=f"^{path} has an autoencoder with scaling_factor {scale}: latents of"):
+            inspect_model(model_files(family), path)
+        assert inspect_model(model_files(other), path).vae_path == path
+
+
+def test_the_configuration_beside_weights_is_read(model_files, vae_folder):
+    weights = vae_folder() / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=f"^{weights} has an autoencoder with scaling_factor 0.13025"):
+        inspect_model(model_files("sd1"), weights)
+    assert inspect_model(model_files("sdxl"), weights).load_vae() is not None
+    # that of something else says nothing of these weights
+    vae_folder(_class_name="UNet2DConditionModel")
+    assert inspect_model(model_files("sd1"), weights).vae_path == weights
 
 
 def test_an_autoencoder_of_the_hub_is_looked_for_once(tmp_path, model_files, other, monkeypatch):

@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library import cli, console
 from library.errors import UserError
+from library.models.files.folder_files import COMPONENTS
 from library.models.files.hub import find_model
 from library.options.convert import ConvertOptions
 
@@ -28,17 +29,19 @@ def main() -> None:
     path = find_model(options.model_to_load, "model_to_load", options.variant)
     target = options.model_to_save
     reference = find_model(options.reference_model, "--reference_model") if options.reference_model else None
-    if target.exists() and target.samefile(path):
-        raise UserError(f"{target} is the model to load, choose another name for what is written")
+    vae = find_model(options.vae, "--vae") if options.vae else None
+    for source, what in ((path, "the model to load"), (vae, "the autoencoder to read")):
+        if source and target.exists() and target.samefile(source):
+            raise UserError(f"{target} is {what}, choose another name for what is written")
     with console.quiet_dependencies():
         from library.models.diffusers_writer import check_replaceable, write_folder
         from library.models.registry import inspect_model
     if not options.to_file:
-        check_replaceable(target, keep=(path,) if reference is None else (path, reference))
-    info = inspect_model(path, variant=options.variant)
-    for flag, name in _FAMILIES.items():
-        if getattr(options, flag) and info.family.name != name:
-            raise UserError(f"--{flag}: {path} is a {info.family.title} model, leave the flag out")
+        check_replaceable(target, keep=[place for place in (path, vae, reference) if place])
+    if options.variant and not has_variant(path, options.variant):
+        console.notice(f"--variant {options.variant}: {path} has no such weights, those that it has are read")
+    info = inspect_model(path, vae, options.variant)
+    check_family(info, options)
     prediction = predicted(info, options)
     metadata = said(info, options) | options.fields()
     formats = number_formats()
@@ -50,6 +53,20 @@ def main() -> None:
     else:
         write_folder(model, target, saved, safetensors=options.use_safetensors, metadata=metadata, reference=reference)
     print(f"{target} written")
+
+
+def has_variant(path: Path, variant: str) -> bool:
+    """Whether a folder has weights of a variant; a file has none."""
+    names = (file.name for component in COMPONENTS for file in path.glob(f"{component}/*"))
+    return any(f".{variant}." in name for name in names)
+
+
+def check_family(info: "ModelInfo", options: ConvertOptions) -> None:
+    """UserError if the model is not of the family that a flag names."""
+    article = "an" if info.family.name == "sdxl" else "a"
+    for flag, name in _FAMILIES.items():
+        if getattr(options, flag) and info.family.name != name:
+            raise UserError(f"--{flag}: {info.name} is {article} {info.family.title} model, leave the flag out")
 
 
 def number_formats() -> dict[str | None, "torch.dtype | None"]:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,8 +30,19 @@ from library.models.text import Tokenizer, clip_tokenizer
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _SCHEDULER_FOLDER = SCHEDULER.split("/")[0]
-# All that a folder may hold that is replaced: what is written here, whatever the family.
-_OWN = {INDEX, ORIGINAL_LAYOUT, _SCHEDULER_FOLDER, *COMPONENTS, *_TOKENIZERS}
+# All that a folder may hold that is replaced, whatever the family: what is written here, and what other programs call
+# the same things. Other files would be somebody's own.
+_WEIGHTS = (
+    r"config\.json|(diffusion_pytorch_model|model|pytorch_model)(\.(fp16|bf16|fp32|ema|non_ema))?"
+    r"(-\d+-of-\d+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?"
+)
+_WORDS = r"(added_tokens|special_tokens_map|tokenizer|tokenizer_config|vocab)\.json|merges\.txt"
+_OWN_FILES = {INDEX, ORIGINAL_LAYOUT}
+_OWN_FOLDERS = {
+    _SCHEDULER_FOLDER: re.compile(r"scheduler_config\.json").fullmatch,
+    **dict.fromkeys(COMPONENTS, re.compile(_WEIGHTS).fullmatch),
+    **dict.fromkeys(_TOKENIZERS, re.compile(_WORDS).fullmatch),
+}
 _SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 
 
@@ -45,10 +57,11 @@ def write_folder(
 ) -> None:
     """Write a model as a Diffusers folder, in `dtype` or as its weights are; `safetensors=False` writes `.bin` files.
 
-    What the layout has no place for goes into `original_layout.safetensors`. It is written as `<folder>.tmp` and takes
-    the place of an older model's folder when it is whole. Tokenizers and scheduler are copied from the Diffusers folder
-    `reference` if one is given; what follows from the model's prediction is the model's. UserError if the place cannot
-    be written or is in use, Diffusers has no pipeline for the model, or the reference lacks something or does not fit.
+    What the layout has no place for goes into `original_layout.safetensors`, with the metadata. It is written as
+    `<folder>.tmp` and takes the place of an older model's folder when it is whole. Tokenizers and scheduler are copied
+    from the Diffusers folder `reference` if one is given; what follows from the model's prediction is the model's.
+    UserError if the place cannot be written or is in use, Diffusers has no pipeline for the model, or the reference
+    lacks something or does not fit.
     """
     index = _index(model)
     told = model.description() | {**(metadata or {})}
@@ -68,12 +81,13 @@ def write_folder(
             if reference is None:
                 _write_tokenizer(temporary / name, tokenizer)
             else:
-                shutil.copytree(reference / name, temporary / name)
+                _copy_tokenizer(reference / name, temporary / name)
         _write_json(temporary / SCHEDULER, steps)
-        # Also where there is nothing: without the file, a reader would make what other programs' folders lack. Markers
-        # that did not come with the model are for files alone: here the scheduler says what it predicts.
+        # Also where there is nothing: without the file, a reader would make what other programs' folders lack, and
+        # beside `.bin` files there would be no place for metadata. Markers that did not come with the model are for
+        # files alone: here the scheduler says what it predicts.
         came = {name: tensor for name, tensor in model.rest().items() if name in model.carried}
-        write_tensors(temporary / ORIGINAL_LAYOUT, came, dtype, model.description(), content_hash=True)
+        write_tensors(temporary / ORIGINAL_LAYOUT, came, dtype, told, content_hash=True)
         theirs = {} if reference is None else read_json(reference / INDEX)
         index |= {name: theirs[name] for name in _tokenizers(model) if name in theirs}
         _write_json(temporary / INDEX, index | {"scheduler": ["diffusers", steps["_class_name"]]})
@@ -224,6 +238,14 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     _write_json(folder / "tokenizer_config.json", settings | special)
 
 
+def _copy_tokenizer(theirs: Path, folder: Path) -> None:
+    """A tokenizer's files without what else lies beside them, or the folder could not be replaced again."""
+    folder.mkdir(parents=True)
+    for file in theirs.iterdir():
+        if file.is_file() and _OWN_FOLDERS[folder.name](file.name):
+            shutil.copyfile(file, folder / file.name)
+
+
 def _write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
     _write(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
@@ -238,7 +260,8 @@ def _write(path: Path, text: str) -> None:
 
 def check_replaceable(folder: Path, keep: Collection[Path] = ()) -> None:
     """UserError if a model's folder must not be written here: there is something else, or something more than a model
-    in Diffusers' layout, or what is to `keep`, or no name can be given to the folder.
+    in Diffusers' layout, or what is to `keep`, or no name can be given to the folder. The same for the two folders
+    beside it that writing needs: of those only what a killed run left is removed.
     """
     if not folder.resolve().name:
         raise UserError(f"{folder} has no name of its own: choose another name for the model's folder")
@@ -250,15 +273,46 @@ def check_replaceable(folder: Path, keep: Collection[Path] = ()) -> None:
                 raise UserError(f"{folder}: writing it would remove {path}, choose another name for the model's folder")
     if folder.is_file():
         raise UserError(f"{folder} is a file: choose another name for the model's folder")
-    if not folder.is_dir():
-        return
-    found = {entry.name for entry in folder.iterdir()}
-    others = sorted(found - _OWN) if INDEX in found else sorted(found)
-    if others:
+    if folder.is_dir() and (others := _others(folder)):
         raise UserError(
             f"{folder} is a folder with other things in it ({some(others)}), which would be lost: choose another name "
             "for the model's folder"
         )
+    for left in _working_names(folder):
+        if not os.path.lexists(left):
+            continue
+        others = _others(left, unfinished=True) if left.is_dir() and not left.is_symlink() else [left.name]
+        if others:
+            raise UserError(
+                f"{left} is in the way and no unfinished model's folder ({some(others)}), it would be lost: move it, "
+                "or choose another name for the model's folder"
+            )
+
+
+def _others(folder: Path, *, unfinished: bool = False) -> list[str]:
+    """What lies in a folder and is no part of a model in Diffusers' layout. Of an `unfinished` one no part needs to be
+    there, and the last file can be half-written.
+    """
+    try:
+        entries = sorted(folder.iterdir())
+        if not unfinished and INDEX not in {entry.name for entry in entries}:
+            return [entry.name for entry in entries]
+        others = []
+        for entry in entries:
+            if entry.name in _OWN_FOLDERS and entry.is_dir():
+                own = _OWN_FOLDERS[entry.name]
+                inner = ((file, _whole_name(file, unfinished)) for file in sorted(entry.iterdir()))
+                others += [f"{entry.name}/{file.name}" for file, name in inner if not (file.is_file() and own(name))]
+            elif not (entry.is_file() and _whole_name(entry, unfinished) in _OWN_FILES):
+                others.append(entry.name)
+        return others
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+
+def _whole_name(file: Path, unfinished: bool) -> str:
+    """A file's name without what `replacing` adds to it until the file is whole."""
+    return re.sub(r"\.\d+\.tmp$", "", file.name) if unfinished else file.name
 
 
 def _working_names(folder: Path) -> tuple[Path, Path]:

@@ -121,6 +121,13 @@ def _read(file: WeightsFile, key: str) -> Tensor:
         raise UserError(f"{file.path} cannot be read: {error.strerror}") from error
 
 
+def _verify(file: WeightsFile) -> None:
+    try:
+        file.verify()
+    except OSError as error:
+        raise UserError(f"{file.path} cannot be read: {error.strerror}") from error
+
+
 def _is_weight(name: str) -> bool:
     """Whether a tensor of this (usual) name is learned, so that a mean of several means something."""
     return not is_carried(name) and not name.endswith("position_ids")
@@ -155,18 +162,21 @@ def _family(shapes: Shapes) -> str | None:
 
 
 def merge_models(models: Sequence[Path], output: Path, recipe: Recipe, show_skipped: bool = False) -> None:
-    """Write the weighted sum of checkpoints to `output`, which is replaced only when the new file is whole.
+    """Write the weighted sum of checkpoints to `output`, which is replaced only when the new file is whole. A
+    .safetensors gets the hash of its contents, a .ckpt is wrapped as whole models are.
 
-    UserError as from `open_weights`, `MergedTensors` and `write_tensors`.
+    UserError as from `open_weights`, `WeightsFile.verify`, `MergedTensors` and `write_tensors`.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(open_weights(path)) for path in models]
         merged = MergedTensors(files, recipe)
+        for file in files:
+            _verify(file)
         _tell(files, merged, recipe, show_skipped)
         metadata = merged_metadata(files, recipe, output.stem) if stores_metadata(output) else None
         with tqdm(total=len(merged), desc="merging", unit="tensor", delay=1, leave=False) as bar:
             watched = _Watched(merged, bar)
-            write_tensors(output, watched, None, metadata)
+            write_tensors(output, watched, None, metadata, content_hash=True, beside={})
     if watched.not_finite:
         console.warn(
             f"{output}: {len(watched.not_finite)} tensors hold values that are not finite, or too large for the number "

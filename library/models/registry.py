@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from library.errors import UserError, some
 from library.models import loading
 from library.models.family import Family, LatentSpec
-from library.models.files.checkpoint import Hashes, WeightsFile, hash_file
+from library.models.files.checkpoint import Hashes, WeightsFile, hash_file, open_weights
+from library.models.files.diffusers_folder import family_of_folder
 from library.models.files.hub import find_model
 from library.models.files.sources import open_model
 from library.models.loading import complete
@@ -26,6 +28,7 @@ from library.models.sdxl import StableDiffusionXL
 from library.models.sgm_keys import UNET_PREFIX, VAE_PREFIX, Shapes, is_carried, usual_keys, usual_shapes
 
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion1, StableDiffusion2, StableDiffusionXL)
+_SCALES = {family.name: family.latent_scale for family in FAMILIES}
 
 _VAE_ENCODER = (f"{VAE_PREFIX}encoder.", f"{VAE_PREFIX}quant_conv.")
 
@@ -170,6 +173,8 @@ def inspect_model(
             )
         _check_text_encoders(file, family, shapes)
         _check_scaling(vae_path or path, file.configs.get("vae", {}), family)
+        if vae_path and file.configs.get("vae", {}).get("scaling_factor") is None:
+            _check_scaling(vae_path, {"scaling_factor": _scale_of_model(vae_path)}, family)
         check_schedule(file)
         said = prediction_of(file)
         return ModelInfo(
@@ -200,6 +205,18 @@ def _check_text_encoders(file: WeightsFile, family: type[Family], shapes: Shapes
                 f"{file.path} cannot be used: its {name} is for {rows} tokens at once, and captions come in "
                 f"{CHUNK + 2}, give the model that it was made from"
             )
+
+
+def _scale_of_model(path: Path) -> float | None:
+    """What the latents of a whole model are scaled by; None for what is an autoencoder alone, or no model of ours."""
+    if path.is_dir():
+        return _SCALES.get(family_of_folder(path))
+    with open_weights(path) as file:
+        if not any(key.startswith(UNET_PREFIX) for key in file.keys()):  # noqa: SIM118 - a file is no mapping
+            return None
+        with suppress(UserError):
+            return detect(file).latent_scale
+    return None
 
 
 def _check_scaling(path: Path, vae: Mapping[str, Any], family: type[Family]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from library.errors import UserError
+from library.errors import UserError, nearest
 from library.options.base import option
 from library.suffixes import WEIGHTS_SUFFIXES
 
@@ -36,6 +36,9 @@ class ConvertOptions:
     global_step: int = option(0, "number of steps to note in a file", metavar="NUMBER", minimum=0)
     metadata: str | None = option(None, "metadata for what is written, as a JSON object", metavar="JSON")
     variant: str | None = option(None, "which weights of a folder are read first, as in fp16", metavar="NAME")
+    vae: str | None = option(
+        None, "file, folder or owner/name of an autoencoder to write instead of the model's own", metavar="VAE"
+    )
     reference_model: str | None = option(
         None, "folder or owner/name that tokenizers and scheduler of a folder are copied from", metavar="MODEL"
     )
@@ -48,6 +51,18 @@ class ConvertOptions:
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)}: weights are loaded in one format, give one of them")
         self.fields()
+        if self.model_to_save is not None:
+            self._check_ending(self.model_to_save)
+
+    def _check_ending(self, target: Path) -> None:
+        """UserError if a target would become a folder only because the ending of a file is mistyped."""
+        suffix = target.suffix.lower()
+        like = nearest(suffix, WEIGHTS_SUFFIXES) if len(suffix) > 3 and suffix[1:].isalpha() else None
+        if like and like != suffix and not target.is_dir():
+            raise UserError(
+                f"model_to_save: {target} ends almost like a file and would be a folder, did you mean "
+                f"{target.with_suffix(like)}?"
+            )
 
     @property
     def to_file(self) -> bool:

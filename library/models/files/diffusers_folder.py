@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,21 @@ def open_folder(path: Path, variant: str | None = None, without: Collection[str]
         entries = {key: (part, key) for part in parts.values() for key in part.keys()}  # noqa: SIM118 - no mappings
         side, rest = _rest(path, family, parts)
         opened.pop_all()
-        told = parts["unet"].metadata.items()  # but for what holds for that one file
-        metadata = {name: text for name, text in told if name != "format" and "hash" not in name}
-        return Selection(path, entries | rest, [*parts.values(), side], metadata, configs)
+        told = _of_the_model(parts["unet"]) or _of_the_model(side)  # .bin files have none
+        return Selection(path, entries | rest, [*parts.values(), side], told, configs)
+
+
+def _of_the_model(file: WeightsFile) -> dict[str, str]:
+    """A file's metadata but for what holds for that one file."""
+    return {name: text for name, text in file.metadata.items() if name != "format" and "hash" not in name}
+
+
+def family_of_folder(path: Path) -> str | None:
+    """The name of the family that a whole model in a folder is of, whatever its autoencoder; None for other folders."""
+    if (path / INDEX).is_file():
+        with suppress(UserError):
+            return _recognise(path, without=("vae",))[0]
+    return None
 
 
 def open_component(folder: Path, component: str) -> WeightsFile:
@@ -146,6 +158,16 @@ def open_component(folder: Path, component: str) -> WeightsFile:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no autoencoder in Diffusers' layout: it has no {CONFIG}")
     return _open_part(folder, component, _SD1, None)
+
+
+def config_beside(path: Path) -> dict[str, Any]:
+    """The configuration that lies beside an autoencoder's weights in Diffusers' layout; empty where what lies there is
+    not, by its own word, for these.
+    """
+    config = path.with_name(CONFIG)
+    if not path.name.startswith("diffusion_pytorch_model.") or not config.is_file():
+        return {}
+    return _arguments(config, "vae") if read_json(config).get("_class_name") in _CLASSES["vae"] else {}
 
 
 def with_original_names(

@@ -39,6 +39,7 @@ _STORAGES = {
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }
+_MAGIC_NUMBER = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # as pickled, in the first bytes of files of PyTorch 1.5
 _FOLDER = "archive"
 _ALIGNMENT = 64  # PyTorch's, so that mapped tensors begin where their numbers may
 _PADDING = b"FB"  # the name that PyTorch gives to the field that is only there for the alignment
@@ -127,7 +128,19 @@ def _load(path: Path, mapped: set[tuple[int, int]] | None) -> Any:
                 f"{path} holds more than tensors, which could run code when it is opened, so it is not read: "
                 "convert it to .safetensors where you trust it, or use a .safetensors copy of the model"
             ) from error
+        if _is_other_pickle(path):
+            raise UserError(
+                f"{path} is a pickle but no PyTorch weights file, and could run code when it is opened, so it is not "
+                "read: use a .safetensors copy of the model"
+            ) from error
         raise UserError(f"{path} is no PyTorch weights file, or is damaged or incomplete: copy it again") from error
+
+
+def _is_other_pickle(path: Path) -> bool:
+    """Whether a file begins as a pickle does and not as PyTorch's own files of pickles."""
+    with path.open("rb") as file:
+        start = file.read(32)
+    return start[:1] == b"\x80" and start[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]) and _MAGIC_NUMBER not in start
 
 
 def _find_madvise() -> Callable[[int, int, int], int] | None:

@@ -4,7 +4,7 @@ import os
 
 from library.errors import UserError
 from library.models.files.checkpoint import WeightsFile, open_weights
-from library.models.files.diffusers_folder import open_component, open_folder, with_original_names
+from library.models.files.diffusers_folder import config_beside, open_component, open_folder, with_original_names
 from library.models.files.hub import find_model
 from library.models.files.selection import Selection, part_of, renamed
 from library.models.sgm_keys import VAE_PREFIX, is_dropped, usual_spelling
@@ -41,6 +41,7 @@ def open_model(
 def open_vae(name: str | os.PathLike) -> WeightsFile:
     """An autoencoder's tensors under the names they have in a complete original file. It may stand alone in a file, in
     the original or in Diffusers' layout, or in a folder or repository of Diffusers', or be part of a complete model.
+    Of weights that were taken from a folder of Diffusers' the configuration beside them is read, too.
     """
     path = find_model(name, flag="--vae")
     if path.is_dir():
@@ -52,6 +53,11 @@ def open_vae(name: str | os.PathLike) -> WeightsFile:
     if _ORIGINAL in keys:
         return renamed(file, {f"{VAE_PREFIX}{key}": key for key in keys if not is_dropped(f"{VAE_PREFIX}{key}")})
     if _DIFFUSERS in keys:
-        return with_original_names(file, "vae")
+        try:
+            config = config_beside(path)
+            return with_original_names(file, "vae", {"vae": config} if config else None)
+        except BaseException:
+            file.close()
+            raise
     file.close()
     raise UserError(f"--vae: {path} holds no autoencoder of Stable Diffusion")
