@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from library.data.plan import PlanSampler, RunPlan
@@ -191,6 +191,7 @@ class TestBrokenRepeats:
             yield list(plan.iterate(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch))
 
     @given(subsets, st.floats(0.01, 3.5), subsets, st.integers(1, 4))
+    @example([0] * 10, 0.15, [0], 1)  # whose sum is not their product
     def test_every_epoch_has_as_many_of_each_subset(self, first, repeats, second, whole):
         table = self.table((first, repeats), (second, whole))
         plan = make(table)

@@ -182,7 +182,7 @@ def balanced_repeats(cycle: np.ndarray, uses: int) -> np.ndarray:
 
 def uses_per_epoch(repeats: np.ndarray) -> int:
     """How many samples the images of a subset with these repeats are: a whole number, and at least one."""
-    total = float(repeats.sum())
+    total = math.fsum(repeats)  # ten times 0.15 is 1.5, and not a little less
     return max(round(total), 1) if total else 0
 
 
