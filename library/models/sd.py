@@ -29,8 +29,10 @@ class _OneTextEncoder(Family):
     """What the two versions have in common."""
 
     latent_scale = 0.18215
+    default_size = 512
     text_layer = 1
     latents_suffix = "_sd.npz"
+    head_width: int | None  # of the U-Net's attention; None: 8 heads whatever their width
     # models that read the depth of a picture are not here: their pipeline needs a model that tells depths
     pipelines: ClassVar = {
         4: "StableDiffusionPipeline",
@@ -55,6 +57,14 @@ class _OneTextEncoder(Family):
         UNet2DConditionModel, AutoencoderKL and CLIPTextConfig.
         """
         return cls(UNet2DConditionModel(**unet_config), AutoencoderKL(**vae_config), TextEncoder(clip_config))
+
+    @classmethod
+    def build(cls, shapes: Shapes, configs: Configs) -> "Family":
+        return cls.from_configs(
+            {**unet_config(shapes, cls.head_width), **configs.get("unet", {})},
+            {**vae_config(shapes), **configs.get("vae", {})},
+            {**cls._text_config(shapes), **configs.get("text_encoder", {})},
+        )
 
     def encode_text(self, captions: Sequence[str], *, painting: bool = False) -> dict[str, Tensor]:
         """{"hidden_state1": (B, token length + 2, width)}: the last layer, or clip skip's, through the final norm."""
@@ -82,6 +92,11 @@ class _OneTextEncoder(Family):
             "text_encoder": Component(self.text_encoders[0].model, self._text_names()),
         }
 
+    @classmethod
+    @abstractmethod
+    def _text_config(cls, shapes: Shapes) -> dict[str, Any]:
+        """Arguments of CLIPTextConfig for an original file with these tensors."""
+
     @abstractmethod
     def _text_names(self) -> KeyMap:
         """The names of the text encoder's tensors in an original file."""
@@ -94,7 +109,7 @@ class StableDiffusion1(_OneTextEncoder):
     title = "Stable Diffusion 1.x"
     base_model_version = "sd_v1"
     architecture = "stable-diffusion-v1"
-    default_size = 512
+    head_width = None
     scheduler = "PNDMScheduler"
     text_outputs = TextOutputs("_sd_te_outputs.npz", {"hidden_state1": "hidden_state1"}, (CLIP_PREFIX,))
 
@@ -103,16 +118,12 @@ class StableDiffusion1(_OneTextEncoder):
         return has_all(shapes, UNET_PREFIX, CLIP_PREFIX)
 
     @classmethod
-    def build(cls, shapes: Shapes, configs: Configs) -> "Family":
-        return cls.from_configs(
-            {**unet_config(shapes), **configs.get("unet", {})},
-            {**vae_config(shapes), **configs.get("vae", {})},
-            {**clip_config(shapes), **configs.get("text_encoder", {})},
-        )
-
-    @classmethod
     def tokenizers(cls) -> dict[str, Tokenizer]:
         return {"CLIP-L": Tokenizer()}
+
+    @classmethod
+    def _text_config(cls, shapes: Shapes) -> dict[str, Any]:
+        return clip_config(shapes)
 
     def _text_names(self) -> KeyMap:
         return clip_key_map()
@@ -124,23 +135,13 @@ class StableDiffusion2(_OneTextEncoder):
     name = "sd2"
     title = "Stable Diffusion 2.x"
     base_model_version = "sd_v2"
-    default_size = 512
+    head_width = 64
     scheduler = "DDIMScheduler"
     text_outputs = TextOutputs("_sd2_te_outputs.npz", {"hidden_state1": "hidden_state1"}, (OPEN_CLIP_PREFIX,))
 
     @classmethod
     def recognises(cls, shapes: Shapes) -> bool:
         return has_all(shapes, UNET_PREFIX, OPEN_CLIP_PREFIX)
-
-    @classmethod
-    def build(cls, shapes: Shapes, configs: Configs) -> "Family":
-        text = open_clip_config(shapes, OPEN_CLIP_PREFIX)
-        text["num_hidden_layers"] -= 1
-        return cls.from_configs(
-            {**unet_config(shapes, head_width=64), **configs.get("unet", {})},
-            {**vae_config(shapes), **configs.get("vae", {})},
-            {**text, **configs.get("text_encoder", {})},
-        )
 
     @classmethod
     def tokenizers(cls) -> dict[str, Tokenizer]:
@@ -166,6 +167,11 @@ class StableDiffusion2(_OneTextEncoder):
         return {
             name.replace(last, unused): tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(last)
         }
+
+    @classmethod
+    def _text_config(cls, shapes: Shapes) -> dict[str, Any]:
+        config = open_clip_config(shapes, OPEN_CLIP_PREFIX)
+        return {**config, "num_hidden_layers": config["num_hidden_layers"] - 1}
 
     def _text_names(self) -> KeyMap:
         return open_clip_key_map(OPEN_CLIP_PREFIX, self.text_encoders[0].layers)
