@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 
 from library.errors import UserError
-from library.models.files.checkpoint import LazyTensors, hash_file, hash_tensors, open_weights, replacing, write_tensors
+from library.models.files.checkpoint import LazyTensors, hash_file, hash_tensors, open_weights, write_tensors
+from library.replacing import replacing
 from tests.processes import python, run
 
 DTYPES = [

@@ -5,8 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from library.models.files.folder_files import (
 )
 from library.models.noise import Prediction, scheduler_config
 from library.models.text import Tokenizer, clip_tokenizer
+from library.replacing import replacing_folder, working_names
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _SCHEDULER_FOLDER = SCHEDULER.split("/")[0]
@@ -67,7 +67,8 @@ def write_folder(
     told = model.description() | {**(metadata or {})}
     told = {name: text for name, text in told.items() if "hash" not in name}  # those of a whole file
     steps = scheduler(model) if reference is None else _fitted_scheduler(model, reference)
-    with _replacing(Path(folder)) as temporary:
+    check_replaceable(Path(folder).resolve())
+    with replacing_folder(Path(folder)) as temporary:
         for name, (module, _) in model.components().items():
             text = name.startswith("text_encoder")
             target = temporary / name
@@ -265,7 +266,7 @@ def check_replaceable(folder: Path, keep: Collection[Path] = ()) -> None:
     """
     if not folder.resolve().name:
         raise UserError(f"{folder} has no name of its own: choose another name for the model's folder")
-    lost = {folder.resolve(), *_working_names(folder)}
+    lost = {folder.resolve(), *working_names(folder)}
     for path in keep:
         # where it lies and, if that is a link, where it is
         for place in (path.absolute(), path.resolve()):
@@ -278,7 +279,7 @@ def check_replaceable(folder: Path, keep: Collection[Path] = ()) -> None:
             f"{folder} is a folder with other things in it ({some(others)}), which would be lost: choose another name "
             "for the model's folder"
         )
-    for left in _working_names(folder):
+    for left in working_names(folder):
         if not os.path.lexists(left):
             continue
         others = _others(left, unfinished=True) if left.is_dir() and not left.is_symlink() else [left.name]
@@ -313,37 +314,3 @@ def _others(folder: Path, *, unfinished: bool = False) -> list[str]:
 def _whole_name(file: Path, unfinished: bool) -> str:
     """A file's name without what `replacing` adds to it until the file is whole."""
     return re.sub(r"\.\d+\.tmp$", "", file.name) if unfinished else file.name
-
-
-def _working_names(folder: Path) -> tuple[Path, Path]:
-    """The names of the folder that is filled, and of the one that it replaces until it is whole."""
-    folder = folder.resolve()
-    return folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.replaced.tmp")
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` when the block ends without an error and not before."""
-    folder = folder.resolve()  # `.` has a name of its own, and of a link the folder behind it is replaced
-    check_replaceable(folder)
-    temporary, old = _working_names(folder)
-    try:
-        if old.exists() and not folder.exists():  # a run was killed between the two renamings below
-            os.replace(old, folder)
-        for left in (temporary, old):
-            if left.exists():
-                shutil.rmtree(left)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-        if isinstance(error, OSError):
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -2,10 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from library.models.files.pickled_file import PickledFile, write_pickled
 from library.models.files.safetensors_file import SafetensorsFile, lay_out, stream, write_safetensors
 from library.models.files.sharded_file import INDEX_SUFFIX, ShardedFile
 from library.models.files.weights_file import LazyTensors, WeightsFile
+from library.replacing import replacing
 from library.suffixes import SAFETENSORS_SUFFIX, WEIGHTS_SUFFIXES
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "hash_tensors",
     "open_shards",
     "open_weights",
-    "replacing",
     "stores_metadata",
     "write_tensors",
 ]
@@ -103,30 +102,6 @@ def hash_file(path: str | os.PathLike) -> Hashes:
         while data := file.read(1 << 20):
             whole.update(data)
     return Hashes(whole.hexdigest(), legacy)
-
-
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A file to write that becomes `path` when the block ends without an error; until then `path` stays as it is.
-
-    UserError if the folder or the disk does not take it; nothing half-written is left. Of several processes that
-    write one name, the last to finish wins.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):  # where the folder does not exist or is not ours, neither does the file
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-        raise
 
 
 def stores_metadata(path: str | os.PathLike) -> bool:
