@@ -1,12 +1,27 @@
 """What moves the weights, and how fast."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from library.errors import UserError, suggest
 from library.options.base import option, parse_key_values
 
-OPTIMIZERS = ("AdamW",)
+
+class OptimizerSource(NamedTuple):
+    """Where an optimizer comes from. Its package is imported only when it is asked for."""
+
+    module: str
+    name: str
+    package: str  # what pip calls it
+    adapts_rate: bool = False  # finds its learning rate itself; the one given is a factor, the same for all parts
+
+
+OPTIMIZERS = {
+    "AdamW": OptimizerSource("torch.optim", "AdamW", "torch"),
+    "AdamW8bit": OptimizerSource("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    "Prodigy": OptimizerSource("prodigyopt", "Prodigy", "prodigyopt", adapts_rate=True),
+    "AdamWScheduleFree": OptimizerSource("schedulefree", "AdamWScheduleFree", "schedulefree"),
+}
 LR_SCHEDULERS = ("constant", "constant_with_warmup")
 
 
@@ -17,7 +32,11 @@ class OptimizerOptions:
     title: ClassVar[str] = "optimizer and learning rate"
 
     optimizer_type: str = option(
-        "", f"one of: {', '.join(OPTIMIZERS)}, in any spelling of case; AdamW when left out", metavar="NAME"
+        "",
+        f"one of: {', '.join(OPTIMIZERS)}, in any spelling of case; AdamW when left out. AdamW8bit keeps its state in "
+        "8 bits, but for tensors below 4096 values; Prodigy finds the learning rate itself, give it 1; "
+        "AdamWScheduleFree shows and saves an average that takes the place of a falling rate",
+        metavar="NAME",
     )
     optimizer_args: tuple[str, ...] | None = option(
         None, "further arguments of the optimizer, such as weight_decay=0.01 betas=.9,.999", metavar="NAME=VALUE"
@@ -39,7 +58,7 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         if self.optimizer_type.lower() not in ("", *(name.lower() for name in OPTIMIZERS)):
-            raise _unavailable("--optimizer_type", self.optimizer_type, OPTIMIZERS)
+            raise _unavailable("--optimizer_type", self.optimizer_type, tuple(OPTIMIZERS))
         if self.lr_scheduler not in LR_SCHEDULERS:
             raise _unavailable("--lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         parse_key_values(self.optimizer_args or (), "--optimizer_args")
@@ -68,4 +87,5 @@ class OptimizerOptions:
 
 
 def _unavailable(flag: str, value: str, names: tuple[str, ...]) -> UserError:
-    return UserError(f"{flag}: {value} is not available, choose {' or '.join(names)}{suggest(value, names)}")
+    choices = f"{', '.join(names[:-1])} or {names[-1]}"
+    return UserError(f"{flag}: {value} is not available, choose {choices}{suggest(value, names)}")
