@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from library import console
 from library.errors import UserError, suggest
 from library.options import ConfigOptions, Option, Settings, options_of
+from library.program_arguments import hide
 from library.toml_file import read_toml
 
 _OF_THE_FILE_ITSELF = frozenset(option.name for option in options_of(ConfigOptions))
@@ -67,6 +68,7 @@ def parse(
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(groups, description, defaults)
     given, rest = parser.parse_known_args(argv)
+    _hide_secrets(options, vars(given))
     if rest:
         raise UserError(_stray(rest, argv, options))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
@@ -78,6 +80,13 @@ def parse(
         _write_config(config_file, settings)
         sys.exit(0)
     return settings
+
+
+def _hide_secrets(options: Mapping[str, Option], given: Mapping[str, Any]) -> None:
+    """Hide what is given for secret options from whoever lists this machine's processes."""
+    for name, value in given.items():
+        if options[name].details.secret and value and hide(value):
+            console.notice(f"--{name}: others may see it in the list of processes, --help names safer ways")
 
 
 def _settings(groups: Sequence[type], values: Mapping[str, Any], given: frozenset[str]) -> Settings:
@@ -95,7 +104,8 @@ class _Parser(argparse.ArgumentParser):
     """Reports mistakes as UserError instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
+        told = message.removeprefix("argument ")
+        raise UserError(told.replace("ignored explicit argument", "this flag takes no value, leave out"))
 
 
 def _parser(groups: Sequence[type], description: str, defaults: Mapping[str, Any]) -> _Parser:

@@ -6,12 +6,19 @@ Of several processes only the first one speaks, errors excepted: those may conce
 import contextlib
 import logging
 import os
+import shutil
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.options.console import ConsoleOptions
+
+_KEPT = 1000  # messages that a log file opened later begins with
 
 
 class _Console(logging.Handler):
@@ -27,10 +34,15 @@ class _Console(logging.Handler):
 
 
 class _LogFile(logging.Handler):
-    """Appends to the log file, or drops everything while there is none."""
+    """Appends to a log file, which begins with what was said while there was none."""
 
     path: Path | None = None
     stream: TextIO | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        self.before: deque[logging.LogRecord] = deque(maxlen=_KEPT)
 
     def open(self, path: Path | None) -> None:
         if self.stream is not None:
@@ -42,18 +54,26 @@ class _LogFile(logging.Handler):
                 self.stream = path.open("a", encoding="utf-8")
             except OSError as problem:
                 raise UserError(f"{path}: this log file cannot be written ({problem.strerror})") from None
+            for record in self.before:
+                self.emit(record)
+        self.before.clear()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.stream is not None:
-            self.stream.write(self.format(record) + "\n")
-            self.stream.flush()
+        if self.stream is None:
+            self.before.append(record)
+        else:
+            with contextlib.suppress(OSError):  # a full disk is no reason to stop what is going on
+                self.stream.write(self.format(record) + "\n")
+                self.stream.flush()
 
 
 _said: set[str] = set()
-_log_file = _LogFile()
-_log_file.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+plain = False  # whether progress is told in lines of its own rather than by bars that are drawn over and over
+_console = _Console()
+_log_file = _LogFile()  # the run's own
+_chosen_file = _LogFile()  # that of --console_log_file
 _messages = logging.getLogger("library.console")
-_messages.handlers = [_Console(), _log_file]
+_messages.handlers = [_console, _log_file, _chosen_file]
 _messages.setLevel(logging.INFO)
 _messages.propagate = False
 
@@ -71,8 +91,23 @@ def setup(log_file: Path | None) -> None:
     """
     _said.clear()
     _log_file.open(log_file if rank() == 0 else None)
-    logging.getLogger().addHandler(_log_file)  # a second time does nothing
+    for handler in (_log_file, _chosen_file):
+        logging.getLogger().addHandler(handler)  # a second time does nothing
     logging.captureWarnings(True)  # Python's warnings reach the root logger instead of stderr
+
+
+def configure(options: "ConsoleOptions") -> None:
+    """Show and keep what the user wants. Raises UserError if the file cannot be written."""
+    global plain
+    plain = options.console_log_simple
+    level = options.console_log_level or "INFO"
+    _console.setLevel(min(logging.getLevelName(level), logging.ERROR))  # why a program stops is always said
+    if level == "DEBUG":
+        logging.getLogger().addHandler(_console)
+    else:
+        logging.getLogger().removeHandler(_console)
+    wanted = options.console_log_file is not None and rank() == 0
+    _chosen_file.open(Path(options.console_log_file) if wanted else None)
 
 
 def notice(message: str) -> None:
@@ -104,9 +139,9 @@ def _say(level: int, message: str, of_any_process: bool = False) -> None:
 def quiet_dependencies(log_file: Path | None = None) -> Iterator[None]:
     """Keep off the console whatever is printed inside, by Python or by C code; wrap imports of large packages in this.
 
-    It goes to `log_file`, else to the file of `setup`, else nowhere. Loggers that packages set up inside keep quiet
-    afterwards, too. File descriptors 1 and 2 are redirected rather than `sys.stdout` and `sys.stderr`, because packages
-    hold on to those for later. Raises OSError if `log_file` cannot be written.
+    It goes to `log_file`, else to the files of `setup` and `configure`, else nowhere. Loggers that packages set up
+    inside keep quiet afterwards, too. File descriptors 1 and 2 are redirected rather than `sys.stdout` and
+    `sys.stderr`, because packages hold on to those for later. Raises OSError if `log_file` cannot be written.
     """
     known = {id(handler) for _, handler in _console_handlers()}
     _flush()
@@ -116,7 +151,11 @@ def quiet_dependencies(log_file: Path | None = None) -> Iterator[None]:
             with contextlib.suppress(OSError):  # closed, as in a program without a console
                 copies[descriptor] = os.dup(descriptor)
                 restore.callback(_restore, descriptor, copies[descriptor])
-        sink = os.open(log_file or _log_file.path or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        files = [log_file] if log_file else [file.path for file in (_log_file, _chosen_file) if file.path]
+        path, *others = files or [None]
+        sink = os.open(path or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for other in others:
+            restore.callback(_append, other, path, os.fstat(sink).st_size)
         for descriptor in copies:
             os.dup2(sink, descriptor)
         os.close(sink)
@@ -126,6 +165,14 @@ def quiet_dependencies(log_file: Path | None = None) -> Iterator[None]:
         if id(handler) not in known:
             logger.removeHandler(handler)
             logger.addHandler(_log_file)
+            logger.addHandler(_chosen_file)
+
+
+def _append(file: Path, source: Path, start: int) -> None:
+    """Add what `source` holds from byte `start` on."""
+    with source.open("rb") as read, file.open("ab") as write:
+        read.seek(start)
+        shutil.copyfileobj(read, write)
 
 
 def _restore(descriptor: int, copy: int) -> None:

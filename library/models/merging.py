@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library import console
+from library.bars import Lines, progress_bar
 from library.errors import UserError, some
 from library.models.files.checkpoint import (
     Hashes,
@@ -174,7 +175,7 @@ def merge_models(models: Sequence[Path], output: Path, recipe: Recipe, show_skip
             _verify(file)
         _tell(files, merged, recipe, show_skipped)
         metadata = merged_metadata(files, recipe, output.stem) if stores_metadata(output) else None
-        with tqdm(total=len(merged), desc="merging", unit="tensor", delay=1, leave=False) as bar:
+        with progress_bar(total=len(merged), desc="merging", unit="tensor", delay=1, leave=False) as bar:
             watched = _Watched(merged, bar)
             write_tensors(output, watched, None, metadata, content_hash=True, beside={})
     if watched.not_finite:
@@ -187,7 +188,7 @@ def merge_models(models: Sequence[Path], output: Path, recipe: Recipe, show_skip
 class _Watched(LazyTensors):
     """The same tensors; shows progress and notes those that are not finite."""
 
-    def __init__(self, tensors: LazyTensors, bar: tqdm):
+    def __init__(self, tensors: LazyTensors, bar: tqdm | Lines):
         self._tensors, self._bar = tensors, bar
         self.not_finite: set[str] = set()
 

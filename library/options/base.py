@@ -51,10 +51,10 @@ def option(
     """A dataclass field that is a flag, or, if `positional`, a word that has to be given without one.
 
     `metavar` stands for the value in --help. `aliases` are old spellings (without dashes) that still work but are not
-    shown. `minimum` is the smallest value accepted. A `secret` value is never written to a config file.
+    shown. `minimum` is the smallest value accepted. A `secret` value is never written or shown anywhere.
     """
     details = _Details(help, metavar, tuple(choices), tuple(aliases), minimum, secret, positional)
-    return dataclasses.field(default=default, metadata={_KEY: details})
+    return dataclasses.field(default=default, repr=not secret, metadata={_KEY: details})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Option:
 
     def _scalar(self, value: Any) -> Any:
         if type(value) not in (str, int, float):  # a bool is an int to isinstance
-            raise ValueError(f"{value!r} is not {_NOUNS[self.kind]}")
+            shown = "its value" if self.details.secret else repr(value)
+            raise ValueError(f"{shown} is not {_NOUNS[self.kind]}")
         return self.from_text(str(value))
 
 
@@ -187,11 +188,12 @@ class Settings:
         return self.groups[group]
 
     def flat(self) -> dict[str, Any]:
-        """Every option's value by name, defaults included."""
+        """Every option's value by name, defaults included, secrets left out."""
         return {
             field.name: getattr(group, field.name)
             for group in self.groups.values()
             for field in dataclasses.fields(group)
+            if not field.metadata[_KEY].secret
         }
 
 

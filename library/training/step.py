@@ -33,9 +33,13 @@ class TrainingStep(nn.Module):
             finite = torch.isfinite(latents).flatten(1).all(dim=1)
             self.unusable.append((~finite, batch.records))
             latents = torch.where(finite[:, None, None, None], latents, 0)
-        timesteps = to_device(self.noise.sample_timesteps(batch.seeds), latents.device)
+        timesteps = to_device(self.timesteps_of(batch), latents.device)
         noise = to_device(sample_noise(latents.shape[1:], batch.seeds), latents.device)
         return self.losses(batch, latents, noise, timesteps) * finite
+
+    def timesteps_of(self, batch: Batch) -> Tensor:
+        """(B,) int64 on the CPU: the timesteps that a batch is trained at. They follow from its seeds."""
+        return self.noise.sample_timesteps(batch.seeds)
 
     def losses(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(B,) float32 for scaled latents and noise (B, C, h, w) and timesteps (B,) of the caller's choice."""

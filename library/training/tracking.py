@@ -1,42 +1,32 @@
-"""Eyes on the run: the progress bar and the log."""
+"""Eyes on the run: what is measured of every step, and the progress bar."""
 
-import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from library.bars import progress_bar
 from library.data.batch import Batch
-from library.data.plan import BatchPlan
-from library.errors import UserError
-from library.options.logging import LogOptions
+from library.errors import some
+from library.training.health import Health, NotFinite
+from library.training.logs import Log
 from library.training.state import Progress
 from library.training.stepper import StepInfo
+from library.transfer import to_device
 
-_WINDOW = 100  # steps that the average loss looks back
-
-
-def log_folder(options: LogOptions, now: time.struct_time) -> Path | None:
-    """`<logging_dir>/<log_prefix><YYYYmmddHHMMSS>`, None when nothing is logged."""
-    if options.logging_dir is None:
-        return None
-    return Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S', now)}"
-
-
-def start(options: LogOptions, name: str, accelerator: Accelerator, progress: Progress) -> "Tracker":
-    """Open the log, if there is to be one, and the progress bar."""
-    if options.logging_dir is not None:
-        accelerator.init_trackers(options.log_tracker_name or name)
-    return Tracker(accelerator, progress)
+_WINDOW = 100  # steps that averages look back
+_SPAN = 250  # timesteps in each of the ranges whose losses are averaged apart
+RANGES = tuple(f"{start:03d}-{start + _SPAN - 1:03d}" for start in range(0, 1000, _SPAN))
+_IMAGES_NAMED = 8
 
 
 class LaggedCopy:
@@ -55,28 +45,61 @@ class LaggedCopy:
         return self.host.tolist()
 
 
-class Tracker:
-    """Collects losses and shows and logs them one step late, so that the device never waits to be read."""
+@dataclass(frozen=True)
+class _Measured:
+    """A step that is not shown yet."""
 
-    def __init__(self, accelerator: Accelerator, progress: Progress):
+    step: int
+    values: LaggedCopy  # loss; of each range the sum and the number of losses; gradient norm
+    info: StepInfo
+    samples: list[tuple[Tensor, list[int]]]  # of this process's micro-batches: losses (B,) and records
+
+
+class Tracker:
+    """Collects losses and shows and logs them one step late, so that the device never waits to be read.
+
+    `timesteps_of(batch)` are those it is trained at, (B,) on the CPU; `name_of(record)` is how messages call an image.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        timesteps_of: Callable[[Batch], Tensor],
+        name_of: Callable[[int], str],
+    ):
         self.accelerator = accelerator
+        self.log = Log(accelerator)
+        self.timesteps_of = timesteps_of
+        self.name_of = name_of
         self.recent: deque[float] = deque(maxlen=_WINDOW)
-        self.loss: Tensor | None = None
-        self.pending: tuple[LaggedCopy, StepInfo, Progress] | None = None
-        self.bar = tqdm(
-            total=progress.total_steps,
-            initial=progress.step,
-            desc="training",
-            unit="step",
-            disable=not accelerator.is_main_process,
-            dynamic_ncols=True,
-            smoothing=0.1,
-        )
+        self.of_ranges: list[deque[tuple[float, float]]] = [deque(maxlen=_WINDOW) for _ in RANGES]  # sum and number
+        self.health = Health()
+        self.values: Tensor | None = None  # of the step that is under way: loss, sums and numbers of the ranges
+        self.samples: list[tuple[Tensor, list[int]]] = []
+        self.pending: _Measured | None = None
+        self.bar = progress_bar(disable=True)
         self.speeds: deque[float] = deque(maxlen=_WINDOW)  # images per second of each step
         self.last_step = time.monotonic()
         self.waited = 0.0  # seconds of this step in which there was no batch
         self.times: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # of each step: seconds waited, and in all
-        self.not_finite: int | None = None  # the first step whose loss was not and which moved the weights all the same
+
+    @contextmanager
+    def shown(self, progress: Progress) -> Iterator[None]:
+        """While it lasts, the bar is on the console, and can be read there afterwards."""
+        self.bar = progress_bar(
+            total=progress.total_steps,
+            initial=progress.step,
+            desc="training",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+        self.last_step = time.monotonic()
+        try:
+            yield
+        finally:
+            self.bar.close()
 
     def fed_by(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """The loader's batches, with a clock on how long they let the step wait."""
@@ -90,16 +113,24 @@ class Tracker:
             self.waited += time.monotonic() - asked
             yield batch
 
-    def add(self, losses: Tensor, plan: BatchPlan) -> None:
-        """A micro-batch's losses (B,)."""
-        self.images_in_step = plan.images_in_step
-        share = losses.detach().sum() / plan.images_in_step
-        self.loss = share if self.loss is None else self.loss + share
+    def add(self, losses: Tensor, batch: Batch) -> None:
+        """A micro-batch, still on the CPU, and its losses (B,)."""
+        self.images_in_step = batch.plan.images_in_step
+        losses = losses.detach().float()
+        in_range = (self.timesteps_of(batch) // _SPAN)[:, None] == torch.arange(len(RANGES))
+        counted = to_device(in_range & (batch.weights != 0)[:, None], losses.device)  # (B, ranges)
+        share = losses.sum() / self.images_in_step
+        sums = torch.where(counted, losses[:, None], 0).sum(dim=0)
+        values = torch.cat([share[None], sums, counted.sum(dim=0)])
+        self.values = values if self.values is None else self.values + values
+        self.samples.append((losses, batch.records))
 
     def step(self, info: StepInfo, progress: Progress) -> None:
-        """The end of an optimizer step: show the step before, and keep this one for the next time."""
-        loss = self.accelerator.reduce(self.loss, "sum")
-        self.loss = None
+        """The end of an optimizer step: show the step before, and keep this one for the next time.
+
+        Raises NotFinite, in every process at the same step, if the step before went wrong.
+        """
+        values = self.accelerator.reduce(self.values, "sum")
         now = time.monotonic()
         elapsed = max(now - self.last_step, 1e-9)
         self.speeds.append(self.images_in_step / elapsed)
@@ -107,60 +138,100 @@ class Tracker:
         self.waited = 0.0
         self.last_step = now
         self._show()
-        values = LaggedCopy(torch.stack([loss.float(), info.gradient_norm.float().to(loss.device)]))
-        self.pending = (values, info, Progress(**vars(progress)))
+        norm = info.gradient_norm.float().to(values.device).reshape(1)
+        self.pending = _Measured(progress.step, LaggedCopy(torch.cat([values, norm])), info, self.samples)
+        self.values, self.samples = None, []
         self.bar.update(1)
 
-    def finish(self, progress: Progress) -> None:
-        """Show and log the last step."""
+    def flush(self) -> None:
+        """Show and log the last step, and let everything logged reach the disk."""
         self._show()
-        self.bar.close()
+        self.log.flush()
+
+    def finish(self) -> None:
+        """The same at the end of the run."""
+        self.flush()
+        self.log.close()
 
     def require_finite_losses(self) -> None:
-        """UserError if the weights were moved by a loss that was NaN or infinite, the last step's included."""
+        """NotFinite if the run went wrong so far, the last step included."""
         self._show()
-        if self.not_finite is not None:
-            raise UserError(
-                f"the loss is not finite since step {self.not_finite}, so nothing is saved: lower the learning rate, "
-                "or, if it was so from the start, use --no_half_vae, another --mixed_precision, or another model file"
-            )
+        if self.health.problem is not None:
+            raise NotFinite(self.health.problem)
 
     def _show(self) -> None:
         if self.pending is None:
             return
-        values, info, progress = self.pending
-        self.pending = None
-        loss, norm = values.read()
-        self.recent.append(loss)
-        if self.not_finite is None and not info.skipped and not math.isfinite(loss):
-            self.not_finite = progress.step
-        average = sum(self.recent) / len(self.recent)
-        speed = statistics.median(self.speeds)  # unmoved by the steps after which something was painted or saved
-        rate = max(info.rates.values())
+        measured, self.pending = self.pending, None
+        loss, *of_ranges, norm = measured.values.read()
+        logs = {"loss/current": loss, "gradient_norm": norm, **self._averages(loss, of_ranges), **self._speed()}
+        logs |= {f"lr/{name}": rate for name, rate in measured.info.rates.items()}
+        self.log.scalars(logs, measured.step)
+        average = logs.get("loss/average", loss)
+        rate = max(measured.info.rates.values())
+        speed, memory = logs["images_per_second"], logs["memory"]
         self.bar.set_postfix_str(
-            f"loss {average:.4f}, lr {rate:.2e}, {speed:.1f} images/s, {used_memory()}", refresh=False
+            f"loss {average:.4f}, lr {rate:.2e}, {speed:.1f} images/s, {memory:.1f} GB", refresh=False
         )
-        logs = {"loss/current": loss, "loss/average": average, "gradient_norm": norm, "images_per_second": speed}
+        problem = self.health.judge(
+            measured.step, loss, norm, measured.info.skipped, lambda broken: self._images(measured.samples, broken)
+        )
+        if problem is not None:
+            self.log.flush()
+            raise NotFinite(problem)
+
+    def _averages(self, loss: float, of_ranges: list[float]) -> dict[str, float]:
+        """Moving averages of all losses, and of those at timesteps that this step had. What is not finite is left
+        out: steps that fp16 skips have such losses, too.
+        """
+        averages = {}
+        if np.isfinite(loss):
+            self.recent.append(loss)
+        if self.recent:
+            averages["loss/average"] = sum(self.recent) / len(self.recent)
+        sums, counts = of_ranges[: len(RANGES)], of_ranges[len(RANGES) :]
+        for name, past, total, count in zip(RANGES, self.of_ranges, sums, counts, strict=True):
+            if count and np.isfinite(total):
+                past.append((total, count))
+                averages[f"loss/average/{name}"] = sum(t for t, _ in past) / sum(c for _, c in past)
+        return averages
+
+    def _speed(self) -> dict[str, float]:
         waited, elapsed = map(sum, zip(*self.times, strict=True))
-        logs["waiting_for_data"] = waited / elapsed
-        logs |= {f"lr/{name}": rate for name, rate in info.rates.items()}
-        self.accelerator.log(logs, step=progress.step)
+        return {
+            "images_per_second": statistics.median(self.speeds),  # unmoved by steps after which something was painted
+            "waiting_for_data": waited / elapsed,
+            "memory": used_memory(),
+        }
 
-    def log_text(self, name: str, markdown: str) -> None:
-        """A text about the whole run, to every tracker that shows texts."""
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_text(name, markdown)
+    def _images(self, samples: list[tuple[Tensor, list[int]]], broken: bool) -> str:
+        """Images of a step as in a sentence, all of them or those whose loss is not finite."""
+        records = [
+            record
+            for losses, records in samples
+            for loss, record in zip(losses.tolist(), records, strict=True)
+            if not (broken and np.isfinite(loss))
+        ]
+        if not records:
+            return "images: none of this process"
+        return f"images: {some([self.name_of(record) for record in records], _IMAGES_NAMED)}"
 
-    def log_pictures(self, pictures: dict[str, Image.Image], step: int) -> None:
-        """Pictures by name, to every tracker that shows pictures."""
-        arrays = {name: np.asarray(picture)[None] for name, picture in pictures.items()}  # (1, H, W, 3)
-        for tracker in self.accelerator.trackers:
-            tracker.log_images(arrays, step=step, dataformats="NHWC")
+    def state_dict(self) -> dict[str, Any]:
+        """What the curves need to go on. Comes after `flush`."""
+        return {
+            "recent": list(self.recent),
+            "ranges": [list(past) for past in self.of_ranges],
+            "health": self.health.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.recent.extend(state["recent"])
+        for past, known in zip(self.of_ranges, state["ranges"], strict=True):
+            past.extend(map(tuple, known))
+        self.health.load_state_dict(state["health"])
 
 
-def used_memory() -> str:
-    """The most device memory this process has held, or without a GPU its own memory now."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GB"
-    return f"{psutil.Process().memory_info().rss / 2**30:.1f} GB"
+def used_memory() -> float:
+    """The most device memory this process has held, or without a GPU its own memory now, in GB of 2^30 bytes."""
+    held = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return held / 2**30

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from library.bars import progress_bar
 from library.console import rank, warn
 from library.data import images
 from library.data.buckets import Size
@@ -221,7 +221,8 @@ class _Store:
     def finish(self) -> LatentsCache:
         """The cache to read from."""
         plan, cached = self._plan, self._cached()
-        if not cached[plan.table.training(plan.datasets)].any():
+        sought = plan.table.training(plan.datasets) & (plan.states != State.UNUSED)
+        if sought.any() and not cached[sought].any():
             raise UserError(NOTHING_DECODES)
         self._offsets[plan.states >= State.VALID] = _BESIDE_IMAGE
         np.save(self._scratch.path / "offsets.npy", self._offsets)
@@ -248,7 +249,7 @@ def _encoded(
         return (group for group in plan.groups(batch_size, share, world) if missing[group].any())
 
     total = sum(map(len, groups()))
-    with tqdm(total=total, desc="caching latents", unit="img", disable=rank() > 0 or not total) as bar:
+    with progress_bar(total=total, desc="caching latents", unit="img", disable=rank() > 0 or not total) as bar:
         for pictures in decoded([plan.recipe(index) for index in group.tolist()] for group in groups()):
             missing = [p for p in pictures if wanted[p.recipe.record.index] and _is_missing(plan, p.recipe)]
             for picture in missing:

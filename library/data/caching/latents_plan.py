@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
-from tqdm import tqdm
 
+from library.bars import progress_bar
 from library.console import notice, rank
 from library.data.buckets import Buckets
 from library.data.caching import latents_file
@@ -101,7 +101,7 @@ def plan_latents(
     flaws: Counter[str] = Counter()
 
     parts = [sought[start : start + _CHECKED_AT_A_TIME] for start in range(0, len(sought), _CHECKED_AT_A_TIME)]
-    bar = tqdm(total=len(sought), desc="checking latents", unit="img", delay=1, leave=False, disable=rank() > 0)
+    bar = progress_bar(total=len(sought), desc="checking latents", unit="img", delay=1, leave=False, disable=rank() > 0)
     with bar, ThreadPoolExecutor(_CHECKERS) as pool:
         for part, found in zip(parts, pool.map(look, parts), strict=True):
             states[part] = [finding.state for finding in found]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from library import console
+from library.bars import progress_bar
 from library.data import captions
 from library.data.caching.npz import read_arrays, write_arrays
 from library.data.config import DatasetConfig
@@ -262,7 +262,7 @@ def _encoded(
 ) -> Iterator[tuple[_Caption, dict[str, np.ndarray]]]:
     """Each caption with its outputs by the names in files, float32."""
     count = sum(map(len, batches))
-    with tqdm(total=count, desc="caching captions", delay=1, disable=console.rank() > 0) as bar:
+    with progress_bar(total=count, desc="caching captions", delay=1, disable=console.rank() > 0) as bar:
         for batch in batches:
             with torch.no_grad():
                 outputs = encode([caption.text for caption in batch])
@@ -329,8 +329,12 @@ def _wrong_files(wanted: Mapping[str, str], layout: TextLayout, skip_check: bool
         return None if fits else "made from another caption or other text encoders"
 
     with ThreadPoolExecutor(_CHECKERS) as pool:
-        bar = tqdm(
-            pool.map(problem, wanted), "checking caption caches", len(wanted), delay=1, disable=console.rank() > 0
+        bar = progress_bar(
+            pool.map(problem, wanted),
+            desc="checking caption caches",
+            total=len(wanted),
+            delay=1,
+            disable=console.rank() > 0,
         )
         problems = dict(zip(wanted, bar, strict=True))
     return {path: reason for path, reason in problems.items() if reason is not None}

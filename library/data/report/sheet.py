@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from library.bars import progress_bar
 from library.data import captions, images
 from library.data.buckets import Buckets, Geometry
 from library.data.config import DatasetConfig, SubsetConfig
@@ -146,7 +146,9 @@ def _shares(sizes: np.ndarray, limit: int) -> np.ndarray:
 def _first_uses(plan: RunPlan, chosen: set[int], epochs: int) -> dict[int, dict[int, _Use]]:
     """By record and epoch: the first use of each chosen record in each of the first epochs."""
     uses: dict[int, dict[int, _Use]] = {record: {} for record in chosen}
-    bar = tqdm(total=epochs * plan.steps_per_epoch, desc="planning the sheet", unit="step", delay=1, leave=False)
+    bar = progress_bar(
+        total=epochs * plan.steps_per_epoch, desc="planning the sheet", unit="step", delay=1, leave=False
+    )
     with bar:
         for batch in plan.iterate(0, epochs * plan.steps_per_epoch):
             bar.update(batch.last_micro)
@@ -165,7 +167,7 @@ def _cards(sheet: _Sheet, chosen: np.ndarray, uses: Mapping[int, Mapping[int, _U
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         numbered = enumerate(chosen.tolist(), start=1)
-        return list(tqdm(pool.map(card, numbered), desc="making the sheet", unit="img", total=len(chosen)))
+        return list(progress_bar(pool.map(card, numbered), desc="making the sheet", unit="img", total=len(chosen)))
 
 
 def _card(sheet: _Sheet, number: int, record: Record, uses: Sequence[_Use]) -> dict[str, Any]:

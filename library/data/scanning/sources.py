@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from library.bars import progress_bar
 from library.console import rank, warn
 from library.data.caching.npz import read_arrays
 from library.data.config import SubsetConfig
@@ -114,7 +114,7 @@ def _read(
     silent: list[str] = []
     jobs = range(len(names))
     answers = itertools.chain.from_iterable(in_chunks(read_all, jobs))
-    bar = tqdm(jobs, desc=f"reading {subset.name}", unit="img", delay=1, leave=False, disable=rank() > 0)
+    bar = progress_bar(jobs, desc=f"reading {subset.name}", unit="img", delay=1, leave=False, disable=rank() > 0)
     for number, answer in zip(bar, answers, strict=True):
         if isinstance(answer, str):
             broken[names[number]] = answer
