@@ -4,7 +4,7 @@ import pytest
 
 from library.data.records import scan
 from library.errors import UserError
-from library.training import shared_scan
+from library.training import shared_scan, together
 from tests.pictures import dataset, picture, subset
 
 
@@ -26,7 +26,7 @@ def datasets(tmp_path):
 
 def test_the_second_process_of_a_machine_reads_the_table_of_the_first(datasets, monkeypatch):
     said = []
-    monkeypatch.setattr(shared_scan, "gather_object", lambda seen: (said.extend(seen), list(said))[1])
+    monkeypatch.setattr(together, "gather", lambda seen: (said.append(seen), list(said))[1])
     first = shared_scan.scan_together(datasets, Process(True))
     monkeypatch.setattr(shared_scan, "scan", None)  # would fail
     second = shared_scan.scan_together(datasets, Process(False))
@@ -37,7 +37,7 @@ def test_the_second_process_of_a_machine_reads_the_table_of_the_first(datasets, 
 def test_machines_that_see_different_images_are_refused(datasets, tmp_path, monkeypatch):
     table = scan(datasets)
     elsewhere = [("other machine", "folder", shared_scan.digest(table))]
-    monkeypatch.setattr(shared_scan, "gather_object", lambda seen: seen + elsewhere)
+    monkeypatch.setattr(together, "gather", lambda seen: [seen, elsewhere])
     shared_scan.scan_together(datasets, Process(True))
     (tmp_path / "a.png").rename(tmp_path / "c.png")
     with pytest.raises(UserError, match="do not see the same images"):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.training.engines import local
 from library.training.methods.base import ParameterGroup
 
 _SAMPLED = 4096  # values watched of each parameter, spread evenly
@@ -16,8 +17,10 @@ _PATIENCE = 30  # steps in which nothing at all may get a gradient: their images
 class Movement:
     """Watches the gradients of the first optimizer steps, and how far the parameters have come since the start."""
 
-    def __init__(self, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer):
+    def __init__(self, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, *, resumed: bool = False):
+        """`resumed`: others have taken steps before, so that those left need not be any that can be taken."""
         self.groups = groups
+        self.resumed = resumed
         self.start = [[_sample(parameter) for parameter in group.parameters] for group in groups]
         self.taken = 0
         self.steps = [0] * len(groups)  # with a learning rate above 0
@@ -31,7 +34,9 @@ class Movement:
                 self.steps[i] += 1
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        self.largest[i] = parameter.grad.abs().amax().clamp_min(self.largest[i])
+                        gradient = local(parameter.grad)
+                        if gradient.numel():
+                            self.largest[i] = gradient.abs().amax().clamp_min(self.largest[i])
 
     @property
     def observed(self) -> bool:
@@ -42,7 +47,7 @@ class Movement:
     def check(self) -> None:
         """End watching. UserError naming groups whose gradients stayed zero although their learning rate did not."""
         self._hook.remove()
-        if not self.taken:
+        if not (self.taken or self.resumed):
             raise UserError(
                 "no step could be taken, because all gradients overflowed: use --mixed_precision bf16, or "
                 "--no_half_vae if the model's autoencoder overflows in half precision"
@@ -68,5 +73,5 @@ class Movement:
 
 def _sample(parameter: Tensor) -> Tensor:
     """Up to _SAMPLED values of a parameter, float32 on the CPU."""
-    flat = parameter.detach().flatten()
+    flat = local(parameter.detach()).flatten()
     return flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu().clone()

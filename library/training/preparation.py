@@ -14,6 +14,7 @@ from library.data.records import RecordTable
 from library.models.family import Family
 from library.models.registry import ModelInfo
 from library.options.cache import CacheOptions
+from library.training import together
 from library.training.caching import vae_encoder
 from library.training.text_caching import text_layout
 
@@ -42,7 +43,7 @@ def prepare_caches(
     share = {
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
-        "wait": accelerator.wait_for_everyone,
+        "wait": together.wait,
     }
     latents = text = None
     if plan is not None:

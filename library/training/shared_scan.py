@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from library.data.config import DatasetConfig
 from library.data.records import RecordTable, scan
 from library.errors import UserError
+from library.training import together
 
 
 def scan_together(datasets: Sequence[DatasetConfig], accelerator: Accelerator) -> RecordTable:
@@ -22,7 +22,7 @@ def scan_together(datasets: Sequence[DatasetConfig], accelerator: Accelerator) -
         return scan(datasets)
     table = scan(datasets) if accelerator.is_local_main_process else None
     seen = [(platform.node(), str(table.folder), digest(table))] if table is not None else []
-    found = gather_object(seen)
+    found = [one for each in together.gather(seen) for one in each]
     if len({columns for _, _, columns in found}) > 1:
         raise UserError(
             "the machines do not see the same images: compare the folders of the datasets, and start again when "

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.plan import BatchPlan
+from library.training import memory
+from library.training.engines import whole
+from library.training.optimizers import effective_rates
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class Stepper:
 
     @contextlib.contextmanager
     def micro_step(self, plan: BatchPlan) -> Iterator[None]:
-        """Around forward and backward of a micro-batch: processes exchange gradients in the last one of a step only."""
-        with contextlib.nullcontext() if plan.last_micro else self.accelerator.no_sync(self.root):
+        """Around forward and backward of a micro-batch: processes exchange gradients in the last one of a step only.
+        UserError if memory runs out.
+        """
+        sync = contextlib.nullcontext() if plan.last_micro else self.accelerator.no_sync(self.root)
+        with memory.enough_for(memory.step_of(plan), memory.STEP_ADVICE), sync:
             yield
 
     def backward(self, losses: Tensor, plan: BatchPlan) -> None:
@@ -52,15 +58,23 @@ class Stepper:
 
         `losses` (B,) are this micro-batch's. Engines average gradients over the processes, which the factor undoes.
         """
+        self.accelerator.sync_gradients = plan.last_micro  # DeepSpeed moves the weights in the last backward pass
         self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / plan.images_in_step))
 
     def step(self) -> StepInfo:
-        """Move the weights, then the learning rates."""
-        rates = dict(zip(self.group_names, self.scheduler.get_last_lr(), strict=True))
+        """Move the weights, then the learning rates. UserError if memory runs out."""
+        with memory.enough_for("what the optimizer keeps", memory.STEP_ADVICE):
+            return self._step()
+
+    def _step(self) -> StepInfo:
+        rates = effective_rates(self.optimizer.optimizer, self.scheduler.get_last_lr())
+        named = dict(zip(self.group_names, rates, strict=True))
         # an infinite limit measures the norm and clips nothing
         limit = float("inf") if self.clip_norm is None else self.clip_norm
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(norm.detach(), bool(self.optimizer.step_was_skipped), rates)
+        if norm is None:  # DeepSpeed does not tell
+            norm = torch.zeros(())
+        return StepInfo(whole(torch.as_tensor(norm).detach()), bool(self.optimizer.step_was_skipped), named)

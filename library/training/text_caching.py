@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from accelerate.utils import gather_object
 
 from library.data.caching.text_cache import TextFiles, TextLayout, write_text_files
 from library.data.config import DatasetConfig
@@ -17,6 +16,7 @@ from library.models.text import TextOptions
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.model import ModelOptions
+from library.training import together
 from library.training.accelerator import make_accelerator
 from library.training.base_model import inspect_for_tool
 
@@ -72,7 +72,7 @@ def cache_text_ahead(
         world=accelerator.num_processes,
         skip_check=skip_check,
     )
-    total = TextFiles.together(gather_object([files]))
+    total = TextFiles.together(together.gather(files))
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
