@@ -27,6 +27,11 @@ def looks_like_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(WEIGHTS_SUFFIXES)
 
 
+def is_connection_error(error: BaseException) -> bool:
+    """Whether it comes from the HTTP client of huggingface_hub, which is another one in every other version."""
+    return isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "httpcore", "requests"))
+
+
 def find_model(
     name: str | os.PathLike, flag: str = "--pretrained_model_name_or_path", variant: str | None = None
 ) -> Path:
@@ -108,8 +113,8 @@ def _download(name: str, flag: str, variant: str | None) -> Path:
         if error.errno == errno.ENOSPC:
             raise UserError(f"{flag}: {name} cannot be downloaded, the disk of the hub's cache is full") from error
         return _cached(name, flag, "the hub cannot be reached")
-    except Exception as error:  # versions of huggingface_hub have different HTTP clients, each with errors of its own
-        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
+    except Exception as error:
+        if not is_connection_error(error):
             raise
         return _cached(name, flag, "the hub cannot be reached")
 
