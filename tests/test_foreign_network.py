@@ -7,6 +7,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.tiny import stored
+
 MODULE = '''
 """Learns a factor for the output of every query projection. Says what is done to it in `said`."""
 
@@ -124,6 +126,13 @@ def test_its_optional_calls_are_made(train, flags, tmp_path, somebodys, monkeypa
     assert ("several", [0.03], None, 0.01) in said
     assert ("apply_to", False, True) in said
     assert said.count(("on_step_start",)) == 3
+
+
+def test_it_goes_on_with_a_state(train, flags, tmp_path, somebodys):
+    changes = {"network_module": "somebodys.factors", "save_state": True, "save_every_n_steps": 2}
+    train(flags(tmp_path / "whole", **changes))
+    train(flags(tmp_path / "broken", **changes, resume=tmp_path / "whole" / "run-step00000002-state"))
+    assert stored(tmp_path / "broken" / "run.safetensors") == stored(tmp_path / "whole" / "run.safetensors")
 
 
 def test_what_it_refuses_is_the_users_mistake(train, flags, tmp_path, somebodys, monkeypatch, capsys):

@@ -94,7 +94,8 @@ def train(start: Path, name: str, script: Script, steps: int, rate: float, more:
         ],
         description="",
     )
-    launch(settings, preflight.check(settings, trains_text_encoder=True), WholeModel(rate), script)
+    if status := launch(settings, preflight.check(settings, trains_text_encoder=True), WholeModel(rate), script):
+        sys.exit(status)
 
 
 def main() -> None:

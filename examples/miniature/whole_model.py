@@ -1,7 +1,7 @@
 """A training method for the miniature: the U-Net and the text encoder from nothing, published as a moving average."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from library.models.family import Family
 from library.models.metadata import RunFacts, modelspec, training_metadata
-from library.models.writing import write_model
+from library.models.writing import place_of, write_model
+from library.training.ema import Ema
 from library.training.methods.base import Method, ParameterGroup
 
 
@@ -26,8 +27,7 @@ class WholeModel(Method):
     def build(self, model: Family) -> nn.Module:
         self.model = model
         self.trained = nn.ModuleDict({"text_encoder": model.text_encoders, "unet": model.unet}).float()
-        self.parameters = list(self.trained.parameters())
-        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.ema = Ema(self.trained.requires_grad_(True), self.decay)
         return self.trained
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -35,25 +35,23 @@ class WholeModel(Method):
             ParameterGroup(name, list(part.parameters()), self.learning_rate) for name, part in self.trained.items()
         ]
 
-    @torch.no_grad()
     def after_step(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        self.ema.update()
 
-    @contextlib.contextmanager
-    def published_weights(self) -> Iterator[None]:
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+    def state_dict(self) -> dict[str, Any]:
+        return self.ema.state_dict()
 
-    def _swap(self) -> None:
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            parameter.data, average.data = average.data, parameter.data
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ema.load_state_dict(state)
+
+    def published_weights(self) -> AbstractContextManager[None]:
+        return self.ema.swapped()
 
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
         return training_metadata(settings, facts) | modelspec(settings, facts)
 
-    def save(self, stem: Path, kind: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> Path:
-        return write_model(self.model, stem, kind, dtype, metadata)
+    def target(self, stem: Path) -> Path:
+        return place_of(stem, "safetensors")
+
+    def save(self, stem: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> Path:
+        return write_model(self.model, stem, "safetensors", dtype, metadata)

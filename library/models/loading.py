@@ -1,6 +1,6 @@
 """Weights from files into modules: each tensor is read once, straight into its place, in the precision asked for."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +23,7 @@ def load_vae(
 
     UserError if the file's autoencoder is not complete.
     """
-    model = _outline(family, file)
+    model = outline(family, file)
     component = model.components()["vae"]
     _fill(component.module, component.names, file, usual_keys(file), dtype=dtype, device=device)
     _assert_materialised(model.vae)
@@ -37,23 +37,25 @@ def load(
     device: torch.device | str = "cpu",
     vae_dtype: torch.dtype | None = None,
     vae_device: torch.device | str | None = None,
+    exact: Callable[[str], bool] = lambda component: False,
 ) -> Family:
     """Read a model, in evaluation mode; `vae_dtype` and `vae_device` are the autoencoder's if they differ. Without
-    `dtype` each tensor keeps the number format it is stored in, to be written again.
+    `dtype` each tensor keeps the number format it is stored in, to be written again. Those of `Family.components` that
+    are `exact` are read in float32.
 
     Averaged copies of the weights and parts of losses are left out, and counted. UserError if the file is not a
     complete model of this family, or holds tensors that none has.
     """
-    model = _outline(family, file)
+    model = outline(family, file)
     keys = usual_keys(file)
     rest = sorted(keys.keys() - model.tensors().keys())
     dropped = [name for name in rest if is_dropped(name)]
     _check_rest(model, file, keys, rest)
     if dropped:
         console.notice(f"{file.path}: {len(dropped)} tensors of its training (averaged weights, losses) are left out")
-    for module, names in model.components().values():
-        special = (vae_dtype or dtype, vae_device or device) if module is model.vae else (dtype, device)
-        _fill(module, names, file, keys, dtype=special[0], device=special[1])
+    for component, (module, names) in model.components().items():
+        own, place = (vae_dtype or dtype, vae_device or device) if module is model.vae else (dtype, device)
+        _fill(module, names, file, keys, dtype=torch.float32 if exact(component) else own, device=place)
     for name in rest:
         if not is_dropped(name):
             # position ids and tables of the noise schedule are no weights
@@ -65,7 +67,7 @@ def load(
     return model.eval()
 
 
-def _outline(family: type[Family], file: WeightsFile) -> Family:
+def outline(family: type[Family], file: WeightsFile) -> Family:
     """The model that a file holds, on the meta device."""
     with torch.device("meta"), complete(family, file):
         model = family.build(usual_shapes(file), file.configs)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,6 +55,7 @@ _OTHER_FILES = {
 _POSITIONS = ("position_embedding.weight", "positional_embedding")
 # What the configuration of an autoencoder says of how its latents are scaled.
 _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+_SMALL = 4096  # values of a tensor that is read where only models are to be told apart
 # Channels that a U-Net reads besides noisy latents.
 _KINDS = {
     4: None,
@@ -117,6 +118,14 @@ class ModelInfo:
         return hash_file(self.vae_path) if self.vae_path and self.vae_path.is_file() else None
 
     @cached_property
+    def identity(self) -> str:
+        """What tells models apart that a run may start from: a hash of the names, shapes and number formats of all
+        tensors, and of the contents of the small ones, which every training changes.
+        """
+        with self.open() as file:
+            return fingerprint(file, ("",), largest=_SMALL)
+
+    @cached_property
     def vae_fingerprint(self) -> str:
         """What tells autoencoders apart that make different latents: a hash of the encoder's weights as they are
         stored, under the layout's own names. Reads them once; decoders make no difference.
@@ -130,6 +139,11 @@ class ModelInfo:
         with self.open() as file:
             return fingerprint(file, self.family.text_outputs.prefixes)
 
+    def outline(self) -> Family:
+        """The model without any weights, on the meta device. UserError if its parts do not fit together."""
+        with self.open() as file:
+            return loading.outline(self.family, file)
+
     def load_vae(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
         """Read the model's autoencoder alone; see `loading.load_vae`."""
         with self.open() as file:
@@ -141,13 +155,14 @@ class ModelInfo:
         device: torch.device | str = "cpu",
         vae_dtype: torch.dtype | None = None,
         vae_device: torch.device | str | None = None,
+        exact: Callable[[str], bool] = lambda component: False,
     ) -> Family:
         """Read the model, which predicts what it says it does; see `loading.load`. UserError also if the file names a
         hash of its contents and they have another.
         """
         with self.open() as file:
             file.verify()
-            model = loading.load(self.family, file, dtype, device, vae_dtype, vae_device)
+            model = loading.load(self.family, file, dtype, device, vae_dtype, vae_device, exact)
         model.prediction = self.prediction or Prediction()
         return model
 
@@ -250,14 +265,17 @@ def load_model(
     return inspect_model(name).load(dtype, device, vae_dtype)
 
 
-def fingerprint(file: WeightsFile, prefixes: tuple[str, ...]) -> str:
-    """A hash of the tensors whose names start with one of `prefixes`: names, formats, shapes and bytes."""
+def fingerprint(file: WeightsFile, prefixes: tuple[str, ...], largest: float = math.inf) -> str:
+    """A hash of the tensors whose names start with one of `prefixes`: names, formats, shapes and bytes, these only of
+    tensors of at most `largest` values.
+    """
     digest = hashlib.blake2b(digest_size=16)
     keys = usual_keys(file)
     for name in sorted(keys):
         if name.startswith(prefixes) and not is_carried(name):
-            tensor = file.get(keys[name])
+            shape = file.shape(keys[name])
             # weights of Linear layers and of 1x1 convolutions hold the same numbers
-            digest.update(f"{name} {tensor.dtype} {list(tensor.squeeze().shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(f"{name} {file.dtype(keys[name])} {[size for size in shape if size != 1]}\n".encode())
+            if math.prod(shape) <= largest:
+                digest.update(file.get(keys[name]).reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

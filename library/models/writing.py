@@ -21,6 +21,11 @@ def format_of(path: Path) -> str:
     return path.suffix.lower().removeprefix(".") if path.suffix.lower() in (".ckpt", ".pt") else "safetensors"
 
 
+def place_of(stem: Path, kind: str) -> Path:
+    """The file or folder that a model is written as: `stem` with the ending of its format `kind`."""
+    return stem if kind in FOLDERS else stem.with_name(stem.name + SINGLE_FILES[kind])
+
+
 def write_model(
     model: Family,
     stem: Path,
@@ -28,12 +33,12 @@ def write_model(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a model in `dtype`, or as it is, as `stem` with the ending of its format `kind`; returns the file or
-    folder, which appears under its name only when it is whole. UserError if the place cannot be written.
+    """Write a model in `dtype`, or as it is, at the `place_of` its format; returns the file or folder, which appears
+    under its name only when it is whole. UserError if the place cannot be written.
     """
+    path = place_of(stem, kind)
     if kind in FOLDERS:
-        write_folder(model, stem, dtype, safetensors=FOLDERS[kind], metadata=metadata)
-        return stem
-    path = stem.with_name(stem.name + SINGLE_FILES[kind])
-    model.save(path, dtype, metadata)
+        write_folder(model, path, dtype, safetensors=FOLDERS[kind], metadata=metadata)
+    else:
+        model.save(path, dtype, metadata)
     return path

@@ -35,6 +35,9 @@ class NetworkOptions:
     )
     network_train_unet_only: bool = option(False, "train only the U-Net's part")
     network_train_text_encoder_only: bool = option(False, "train only the text encoder's part")
+    save_model_as: str = option(
+        "safetensors", "format of saved networks", metavar="FORMAT", choices=("ckpt", "pt", "safetensors")
+    )
 
     def __post_init__(self) -> None:
         if self.network_train_unet_only and self.network_train_text_encoder_only:

@@ -1,19 +1,65 @@
-"""What the network scripts do, whichever models they are for. Imports no torch before the flags are checked."""
+"""What the training scripts do, whichever models they are for. Imports no torch before the flags are checked."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from library import cli, console, options
+from library.data.config import BOTH_KINDS, FINETUNING
+
+if TYPE_CHECKING:
+    from library.training.methods.base import Method
 
 
 def train_network(description: str, *, sdxl: bool, counterpart: str) -> None:
     """Train what --network_module names, on SDXL models or on all others; `counterpart` is the script for those."""
+
+    def method(settings: options.Settings) -> "Method":
+        from library.training.methods.network import NetworkMethod
+
+        return NetworkMethod(settings[options.NetworkOptions], settings[options.OptimizerOptions])
+
+    _train(description, options.NetworkOptions, method, sdxl=sdxl, counterpart=counterpart)
+
+
+def fine_tune(description: str) -> None:
+    """Train the U-Net, and the text encoder if asked to, on what metadata files describe."""
+
+    def method(settings: options.Settings) -> "Method":
+        from library.training.methods.finetune import FineTune
+
+        return FineTune(settings[options.FineTuneOptions], settings[options.OptimizerOptions])
+
+    kinds = frozenset({FINETUNING})
+    # until SDXL models have a script of their own for this, what trains them is a network
+    counterpart = "sdxl_train_network.py"
+    _train(description, options.FineTuneOptions, method, sdxl=False, counterpart=counterpart, kinds=kinds)
+
+
+def _train(
+    description: str,
+    own: type,
+    make_method: Callable[[options.Settings], "Method"],
+    *,
+    sdxl: bool,
+    counterpart: str,
+    kinds: frozenset[str] = BOTH_KINDS,
+) -> None:
+    """From the command line to the end of a run. `own` is the options group of the method, `kinds` are the subsets that
+    the script takes.
+    """
     console.setup(None)
-    groups = (options.NetworkOptions, *options.TRAINING, *((options.SdxlOptions,) if sdxl else ()))
+    groups = (own, *options.TRAINING, *((options.SdxlOptions,) if sdxl else ()))
     settings = cli.parse(groups, description=description)
+    console.configure(settings[options.ConsoleOptions])
+    if settings[options.TrainingOptions].deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS starts
     from library.training import preflight
 
-    plans = preflight.check(settings, trains_text_encoder=settings[options.NetworkOptions].trains_text_encoder)
+    plans = preflight.check(settings, trains_text_encoder=settings[own].trains_text_encoder, kinds=kinds)
     with console.quiet_dependencies():
         from library.training.base_model import Script
         from library.training.launch import launch
-        from library.training.methods.network import NetworkMethod
-    method = NetworkMethod(settings[options.NetworkOptions], settings[options.OptimizerOptions])
-    launch(settings, plans, method, Script(sdxl, counterpart))
+    if status := launch(settings, plans, make_method(settings), Script(sdxl, counterpart)):
+        sys.exit(status)

@@ -13,6 +13,7 @@ from torch import nn
 from library.data.batch import Batch
 from library.models.family import Family
 from library.models.metadata import RunFacts
+from library.models.registry import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,31 @@ class Method(ABC):
         """The trained parameters, each in one group."""
 
     @abstractmethod
-    def save(self, stem: Path, kind: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> Path:
-        """Write the trained part as users load it, as `stem` with the ending of its format `kind`, one of
-        --save_model_as; returns the file or folder. It appears under its name only when it is whole.
-        """
+    def target(self, stem: Path) -> Path:
+        """The file or folder that `save` writes: `stem` with the ending of its format."""
+
+    @abstractmethod
+    def save(self, stem: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> Path:
+        """Write the trained part as users load it, and return its `target`. That appears only when it is whole."""
 
     @abstractmethod
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
         """What a file of it tells about itself; `settings` are the flags' effective values by name."""
+
+    def settle_output(self, info: ModelInfo, stem: Path) -> None:  # noqa: B027
+        """Called first of all, with the model to start from and the final `stem`, before anything is loaded. UserError
+        if `save` could not write there.
+        """
+
+    def saved(self, model: Family, trained: nn.Module) -> nn.Module:
+        """What the tensors that `save` writes belong to: the model, or what `build` made."""
+        return trained
+
+    def is_trained(self, component: str) -> bool:
+        """Whether weights of the model itself in this one of `Family.components` are trained: those are read in
+        float32, whatever the others are.
+        """
+        return False
 
     def trains_text_encoder(self) -> bool:
         """Whether gradients pass through a text encoder."""
@@ -59,6 +77,16 @@ class Method(ABC):
 
     def after_step(self, step: int) -> None:  # noqa: B027
         """Called after every optimizer step; `step` are done by then."""
+
+    def rehearsed(self) -> None:  # noqa: B027
+        """Called when the hooks above were called for a rehearsal: what comes next is the first micro-batch again."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know besides the trained weights."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what `state_dict` gave."""
 
     @contextlib.contextmanager
     def published_weights(self) -> Iterator[None]:

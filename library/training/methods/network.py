@@ -7,7 +7,8 @@ the model only through its attach points.
 import contextlib
 import importlib
 import inspect
-import tempfile
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -109,6 +110,10 @@ class NetworkMethod(Method):
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start()
 
+    def rehearsed(self) -> None:
+        self.epoch = 0
+        self._set_multiplier(1.0)
+
     @contextlib.contextmanager
     def published_weights(self) -> Iterator[None]:
         self._set_multiplier(1.0)  # each micro-batch sets its own
@@ -120,17 +125,24 @@ class NetworkMethod(Method):
             self.network.set_multiplier(multiplier)
             self.multiplier = multiplier
 
-    def save(self, stem: Path, kind: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> Path:
+    def target(self, stem: Path) -> Path:
+        return stem.with_name(f"{stem.name}.{self.options.save_model_as}")
+
+    def save(self, stem: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> Path:
         """The network writes its file aside, for what it puts there is its own affair; ours is hashed and whole."""
-        path = stem.with_name(f"{stem.name}.{kind}")
+        path = self.target(stem)
+        # named as all that is unfinished; a name of its own inside, with the ending by which the network knows a format
+        folder = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        draft = folder / f"network{path.suffix}"
         try:
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-                draft = Path(folder) / f"network{path.suffix}"
-                self.network.save_weights(str(draft), dtype, None)
-                with open_weights(draft) as file:
-                    tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118
+            folder.mkdir(parents=True, exist_ok=True)
+            self.network.save_weights(str(draft), dtype, None)
+            with open_weights(draft) as file:
+                tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         if stores_metadata(path):
             metadata = {**metadata, **network_hashes(tensors, None, metadata)}
         write_tensors(path, tensors, None, metadata)
