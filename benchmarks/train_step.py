@@ -117,7 +117,8 @@ def ours() -> tuple[Run, "nn.Module"]:
     optimizer = make_optimizer(options, groups)
     scheduler = make_scheduler(options, optimizer, total_steps=1)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    root, prepared = accelerator.prepare(TrainingStep(model, trained, model.noise_process()), optimizer)
+    step = TrainingStep(model, trained, model.noise_process())
+    root, prepared = accelerator.prepare(step, optimizer)
     stepper = Stepper(accelerator, root, prepared, scheduler, [group.name for group in groups], options.clip_norm)
 
     def run(pixels: int, steps: int) -> list[float]:
@@ -129,7 +130,7 @@ def ours() -> tuple[Run, "nn.Module"]:
             method=method,
             stepper=stepper,
             schedule=Schedule([]),
-            tracker=Tracker(accelerator, progress),
+            tracker=Tracker(accelerator, step.timesteps_of, str),
             progress=progress,
             seed=0,
             device=accelerator.device,
@@ -167,6 +168,7 @@ def _batch(pixels: int, step: int):
         images=None,
         latents=torch.randn(BATCH_SIZE, 4, pixels // 8, pixels // 8),
         sizes=torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * BATCH_SIZE, dtype=torch.float32),
+        text=None,
         loss_mask=None,
         weights=torch.ones(BATCH_SIZE),
     )
