@@ -3,16 +3,23 @@
 Heavy packages are imported inside the fixtures, for the sake of the tests that need none of them.
 """
 
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from library import cli, console
+from library.options import ConsoleOptions
+
+if TYPE_CHECKING:
+    from tests.fork_server import ForkServer
+    from tests.lives import Life
 
 # The models are tiny: several threads would wait for each other longer than they compute, above all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,8 +34,10 @@ def fresh_console(monkeypatch) -> Iterator[None]:
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     console.setup(None)
+    console.configure(ConsoleOptions())
     yield
     console.setup(None)
+    console.configure(ConsoleOptions())
     logging.captureWarnings(False)
 
 
@@ -90,6 +99,7 @@ def flags(model_file, pictures) -> Flags:
             "learning_rate": 0.01,
             "max_train_steps": 4,
             "seed": 1,
+            "no_rehearsal": True,
             "output_dir": output_dir,
             "output_name": "run",
         } | changes
@@ -105,24 +115,41 @@ def flags(model_file, pictures) -> Flags:
 
 @pytest.fixture
 def train(monkeypatch, fresh_console) -> Iterator[Train]:
-    """`train(words)`: train_network.py in this process, on the CPU; mistakes are SystemExit with code 2. With `sdxl` it
-    is sdxl_train_network.py.
+    """`train(words)`: train_network.py, or the `script` of another name, in this process, on the CPU; mistakes are
+    SystemExit with code 2. With `sdxl` it is sdxl_train_network.py.
     """
     from accelerate.state import AcceleratorState, GradientState
-
-    import sdxl_train_network
-    import train_network
 
     def forget() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
-    def run(words: Sequence[str], sdxl: bool = False) -> None:
+    def run(words: Sequence[str], sdxl: bool = False, script: str = "train_network") -> None:
         forget()
-        script = sdxl_train_network if sdxl else train_network
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
-        cli.run(script.main)
+        name = "sdxl_train_network" if sdxl else script
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        cli.run(importlib.import_module(name).main)
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield run
     forget()
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory) -> Iterator["ForkServer"]:
+    from tests.fork_server import ForkServer
+
+    server = ForkServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def life(fork_server, flags, tmp_path) -> Callable[..., "Life"]:
+    """`life(name, script, **changes)`: a run in folders below that name, by default of train_network.py."""
+    from tests.lives import Life
+
+    def make(name: str, script: str = "train_network", **changes: object) -> Life:
+        return Life(tmp_path / name, fork_server, flags, script, **changes)
+
+    return make

@@ -29,8 +29,10 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, "-c", textwrap.dedent(code)], 60, **environment)
 
 
-def train_script(words: Sequence[str], launcher: Sequence[str] = ("python",)) -> subprocess.CompletedProcess[str]:
-    """train_network.py with these arguments as a user without a GPU starts it; `launcher` lies beside this Python."""
+def train_script(
+    words: Sequence[str], launcher: Sequence[str] = ("python",), script: str = "train_network.py"
+) -> subprocess.CompletedProcess[str]:
+    """A script with these arguments as a user without a GPU starts it; `launcher` lies beside this Python."""
     program, *options = launcher
-    command = [Path(sys.executable).parent / program, *options, "train_network.py", *words]
+    command = [Path(sys.executable).parent / program, *options, script, *words]
     return run(command, 300, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from library.errors import UserError
 from library.options import (
     CacheOptions,
     DatasetOptions,
+    FineTuneOptions,
     NetworkOptions,
     OptimizerOptions,
+    Option,
     PreviewOptions,
     TrainingOptions,
     options_of,
@@ -23,7 +26,8 @@ from library.options.loader import LoaderOptions
 from library.options.logging import LogOptions
 
 GROUPS = [value for name, value in vars(options).items() if name.endswith("Options")]
-FLAGS = [option for group in GROUPS for option in options_of(group)]
+METHODS = (FineTuneOptions, NetworkOptions)  # a script has one of them
+FLAGS = [option for group in GROUPS if group is not FineTuneOptions for option in options_of(group)]
 TYPE_NAMES = {bool: "", int: "int", float: "float", str: "str", Path: "Path", STEPS_OR_FRACTION: "int_or_float"}
 
 
@@ -32,12 +36,23 @@ OF_THE_DATA = re.compile(
     "^resize|_bucket$|bucket_(reso|no)|^resolution|alpha_mask|masked_loss|^cache|_cache_check|batch_size|^validation_"
 )
 TABLES = ("train_network", "sdxl_train_network", "tools__cache_latents")
-OURS = {"legacy_image_decode", "recache_unknown"}
+OURS = {
+    "no_rehearsal",
+    "dry_run",
+    "deterministic",
+    "legacy_image_decode",
+    "recache_unknown",
+    "ema",
+    "ema_decay",
+    "save_best",
+    "stop_after_no_improvement",
+    "resume_new_learning_rate",
+}
 
 
-def flag_table() -> dict[str, dict[str, str]]:
+def flag_table(tables: Sequence[str] = TABLES) -> dict[str, dict[str, str]]:
     found = {}
-    for table in TABLES:
+    for table in tables:
         path = Path(__file__).parent / "data" / "flags" / f"{table}.tsv"
         with path.open(encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -47,7 +62,15 @@ def flag_table() -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("option", [one for one in FLAGS if one.name not in OURS], ids=lambda option: option.name)
 def test_flag_is_that_of_the_table(option):
-    row = flag_table()[option.name]
+    assert_is_flag(option, flag_table()[option.name])
+
+
+@pytest.mark.parametrize("option", options_of(FineTuneOptions), ids=lambda option: option.name)
+def test_flag_of_fine_tuning_is_that_of_its_table(option):
+    assert_is_flag(option, flag_table(["fine_tune"])[option.name])
+
+
+def assert_is_flag(option: Option, row: dict[str, str]) -> None:
     assert row["flags"] == f"--{option.name}"
     assert row["type"] == TYPE_NAMES[option.kind]
     assert row["nargs"] == ("*" if option.many else "")
@@ -66,9 +89,14 @@ def test_every_flag_of_the_table_about_data_and_caches_is_there():
     assert not OURS & flag_table().keys()
 
 
-def test_old_spellings_are_in_the_table_and_no_flag_is_in_two_groups():
-    names = [option.name for option in FLAGS]
+@pytest.mark.parametrize("other", METHODS, ids=lambda group: group.__name__)
+def test_no_flag_of_a_script_is_in_two_groups(other):
+    names = [option.name for group in GROUPS if group is not other for option in options_of(group)]
     assert len(set(names)) == len(names)
+
+
+def test_old_spellings_are_in_the_table_and_no_other_flags_names():
+    names = [option.name for option in FLAGS]
     aliases = {alias for option in FLAGS for alias in option.details.aliases}
     assert aliases <= flag_table().keys()
     assert not aliases & set(names)
@@ -184,8 +212,7 @@ def test_to_disk_switches_its_cache_on():
             {"lr_scheduler": "cosine"},
             "cosine is not available, choose constant or constant_with_warmup",
         ),
-        (LogOptions, {"log_with": "wandb", "logging_dir": "logs"}, "wandb is not available, choose tensorboard"),
-        (LogOptions, {"log_with": "tensorboard"}, "--logging_dir"),
+        (LogOptions, {"log_with": "all"}, "--logging_dir"),
         (DatasetOptions, {"dataset_class": "my.Own"}, "--dataset_class: my.Own cannot be used"),
         (NetworkOptions, {"network_dropout": 1.0}, "--network_dropout: 1.0 is not a chance"),
         (

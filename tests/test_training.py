@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from library.data.config import SubsetConfig
 from library.data.plan import RunPlan
 from library.data.records import scan
+from library.errors import UserError
 from library.models.files.checkpoint import open_weights
 from library.models.registry import ModelInfo
+from library.training.movement import Movement
 from networks import lora
 from tests.pictures import dataset, subset
 from tests.processes import train_script
@@ -211,6 +213,13 @@ def test_a_group_without_gradients_stops_the_run(train, flags, tmp_path, monkeyp
     assert "text_encoder get no gradient" in message
     assert "unet" not in message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_any_step_taken_is_refused_unless_it_was_resumed():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(UserError, match="all gradients overflowed"):
+        Movement([], optimizer).check()
+    Movement([], optimizer, resumed=True).check()
 
 
 def test_regularisation_images_count_by_their_weight(run, tmp_path):

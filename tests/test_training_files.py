@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from library.generation.paint import paint
 from library.generation.prompts import parse_line
 from library.models.registry import load_model
-from networks.lora import create_network_from_weights
+from networks.lora import LoRANetwork, create_network_from_weights
 from tests.processes import ACCELERATE, train_script
 from tests.tiny import draw_pictures, read_log, scalars, stored
 
@@ -203,6 +204,19 @@ def test_previews_by_epoch_are_named_after_it(train, flags, tmp_path):
     train(flags(tmp_path / "out", max_train_epochs=2, **looking))
     names = sorted(path.name for path in (tmp_path / "out" / "sample").iterdir())
     assert [name[: len("run_e000001_00")] for name in names] == ["run_e000001_00", "run_e000002_00"]
+
+
+def test_what_is_unfinished_is_named_after_the_file_and_the_process(train, flags, tmp_path, monkeypatch):
+    save, seen = LoRANetwork.save_weights, []
+
+    def watched(self, *arguments):
+        save(self, *arguments)
+        seen.extend(path.name for path in tmp_path.iterdir())
+
+    monkeypatch.setattr(LoRANetwork, "save_weights", watched)
+    train(flags(tmp_path, max_train_steps=1))
+    assert seen == [f"run.safetensors.{os.getpid()}.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
 
 
 def test_weights_that_are_not_finite_are_not_saved(train, flags, tmp_path, capsys):

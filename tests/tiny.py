@@ -118,6 +118,14 @@ def largest_difference(one: Path, other: Path) -> float:
     return max((ours[key].float() - theirs[key].float()).abs().max().item() for key in ours)
 
 
+def read_logs(logging_dir: Path, run: str = "*") -> EventAccumulator:
+    """The TensorBoard log of a run that may have been resumed."""
+    (folder,) = {file.parent for file in logging_dir.glob(f"{run}/*/events.*")}
+    log = EventAccumulator(str(folder), {"scalars": 0, "images": 0})
+    log.Reload()
+    return log
+
+
 def read_log(logging_dir: Path) -> EventAccumulator:
     """The one TensorBoard log below a --logging_dir."""
     (file,) = logging_dir.glob("*/network_train/events.*")

@@ -225,6 +225,10 @@ def make_loader(
 
 
 def _set_up_worker(_worker: int) -> None:
-    """One thread per worker; Ctrl-C is for the main process, which still needs batches to finish its step."""
+    """One thread per worker; what a terminal or a scheduler sends to all processes of a run is for the main process,
+    which still needs batches to finish its step.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -3,7 +3,12 @@
 from library.options.base import Option, Settings, option, options_of
 from library.options.cache import CacheOptions
 from library.options.config import ConfigOptions
+from library.options.console import ConsoleOptions
 from library.options.dataset import DatasetOptions
+from library.options.distributed import DistributedOptions
+from library.options.ema import EmaOptions
+from library.options.finetune import FineTuneOptions
+from library.options.huggingface import HubOptions
 from library.options.loader import LoaderOptions
 from library.options.logging import LogOptions
 from library.options.metadata import MetadataOptions
@@ -12,9 +17,12 @@ from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.precision import PrecisionOptions
 from library.options.preview import PreviewOptions
+from library.options.rehearsal import RehearsalOptions
+from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
 from library.options.sdxl import SdxlOptions
 from library.options.training import TrainingOptions
+from library.options.validation import ValidationOptions
 
 # What every training script takes, in the order of its --help.
 TRAINING = (
@@ -23,12 +31,19 @@ TRAINING = (
     CacheOptions,
     LoaderOptions,
     TrainingOptions,
+    RehearsalOptions,
     OptimizerOptions,
+    EmaOptions,
     PrecisionOptions,
+    DistributedOptions,
     SaveOptions,
+    ResumeOptions,
+    HubOptions,
     MetadataOptions,
     PreviewOptions,
+    ValidationOptions,
     LogOptions,
+    ConsoleOptions,
     ConfigOptions,
 )
 
@@ -36,7 +51,12 @@ __all__ = [
     "TRAINING",
     "CacheOptions",
     "ConfigOptions",
+    "ConsoleOptions",
     "DatasetOptions",
+    "DistributedOptions",
+    "EmaOptions",
+    "FineTuneOptions",
+    "HubOptions",
     "LoaderOptions",
     "LogOptions",
     "MetadataOptions",
@@ -46,10 +66,13 @@ __all__ = [
     "Option",
     "PrecisionOptions",
     "PreviewOptions",
+    "RehearsalOptions",
+    "ResumeOptions",
     "SaveOptions",
     "SdxlOptions",
     "Settings",
     "TrainingOptions",
+    "ValidationOptions",
     "option",
     "options_of",
 ]

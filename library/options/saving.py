@@ -25,13 +25,51 @@ class SaveOptions:
     )
     save_every_n_epochs: int | None = option(None, "also save after every N epochs", metavar="N", minimum=0)
     save_every_n_steps: int | None = option(None, "also save after every N optimizer steps", metavar="N", minimum=0)
-    save_model_as: str = option(
-        "safetensors", "format of saved files", metavar="FORMAT", choices=("ckpt", "pt", "safetensors")
+    save_n_epoch_ratio: int | None = option(
+        None,
+        "also save after epochs, so often that there are N files in all, the last included",
+        metavar="N",
+        minimum=0,
+    )
+    save_last_n_epochs: int | None = option(
+        None, "of the files saved after epochs keep the last N", metavar="N", minimum=0
+    )
+    save_last_n_steps: int | None = option(
+        None, "of the files saved after steps keep those of the last N steps", metavar="N", minimum=0
+    )
+    save_state: bool = option(
+        False, "beside every saved file write a state to resume from; runs that are interrupted write one anyway"
+    )
+    save_state_on_train_end: bool = option(False, "write a state at the end, to train on from there some day")
+    save_last_n_epochs_state: int | None = option(
+        None, "--save_last_n_epochs for states; that one's value when left out", metavar="N", minimum=0
+    )
+    save_last_n_steps_state: int | None = option(
+        None, "--save_last_n_steps for states; that one's value when left out", metavar="N", minimum=0
     )
 
     def __post_init__(self) -> None:
         if self.output_name and any(separator in self.output_name for separator in "/\\"):
             raise UserError(f"--output_name: {self.output_name} is a path, give the folder as --output_dir")
+
+    def epoch_interval(self, total_epochs: int) -> int | None:
+        """Epochs from one numbered file to the next in a run of `total_epochs`; None for no such files."""
+        if self.save_n_epoch_ratio:
+            return max(total_epochs // self.save_n_epoch_ratio, 1)
+        return self.save_every_n_epochs or None
+
+    def step_stem(self, step: int) -> str:
+        """Name, without extension, of what is saved after a step."""
+        return f"{self.output_name or 'at'}-step{step:08d}"
+
+    def epoch_stem(self, epoch: int) -> str:
+        """The same after an epoch."""
+        return f"{self.output_name or 'epoch'}-{epoch:06d}"
+
+    @property
+    def best_stem(self) -> str:
+        """The same of --save_best."""
+        return f"{self.output_name}-best" if self.output_name else "best"
 
     @property
     def name(self) -> str:

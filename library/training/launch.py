@@ -1,190 +1,149 @@
 """From settings to a finished run: everything is prepared here, in the order in which it depends on each other."""
 
-import secrets
-
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from torch import nn
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from library import console
-from library.data.config import check_resolutions
 from library.data.dataset import BatchLoader, ImageDataset, make_loader
-from library.data.plan import PlanSampler, RunPlan
-from library.data.records import RecordTable, check_buckets
-from library.data.report.chart import chart
-from library.data.report.summary import summarise
+from library.data.plan import PlanSampler
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
 from library.options.loader import LoaderOptions
-from library.options.logging import LogOptions
 from library.options.model import ModelOptions
-from library.options.optimizer import OptimizerOptions
 from library.options.precision import PrecisionOptions
-from library.options.preview import PreviewOptions
-from library.options.saving import SaveOptions
+from library.options.rehearsal import RehearsalOptions
 from library.options.training import TrainingOptions
-from library.training import events, tracking
-from library.training.accelerator import make_accelerator
-from library.training.base_model import Script, inspect_base_model, prediction_for
+from library.training import determinism, together
+from library.training.base_model import Script
 from library.training.caching import plan_for_run
+from library.training.companions import Companions, accompany
+from library.training.dry_run import show_run
 from library.training.inspection import show_dataset
-from library.training.methods.base import Method, ParameterGroup
-from library.training.movement import Movement
-from library.training.optimizers import check_optimizer, make_optimizer
+from library.training.methods.base import Method
+from library.training.motion import Motion, set_in_motion
+from library.training.outlook import Outlook, look_ahead
 from library.training.preflight import Plans
 from library.training.preparation import Caches, prepare_caches
-from library.training.previews import Previewer
-from library.training.provenance import Provenance
-from library.training.report import after_training, before_training
-from library.training.saving import Saver
-from library.training.schedulers import make_scheduler
-from library.training.shared_scan import scan_together
-from library.training.state import Progress
+from library.training.rehearsal import rehearse
+from library.training.report import after_training
+from library.training.requests import RunEnded
 from library.training.step import TrainingStep
-from library.training.stepper import Stepper
 from library.training.text_caching import text_options
 from library.training.trainer import seed_generators, train
 
 
-def launch(settings: Settings, plans: Plans, method: Method, script: Script) -> None:
-    """Prepare everything in the order of its dependencies, then train."""
-    training = settings[TrainingOptions]
-    info = inspect_base_model(settings, script)
-    prediction = prediction_for(settings[ModelOptions], info)
-    check_resolutions(plans.datasets, info.latents.step)
-    check_optimizer(settings[OptimizerOptions])
-
-    # Records and plan: what every step will see.
-    accelerator, formats = make_accelerator(settings, info.family)
-    seed = settle_seed(training.seed, accelerator)
-    table, plan = plan_run(training, plans, seed, accelerator)
-    check_buckets(table, plans.datasets, info.latents.step)
-    total_steps = training.total_steps(plan.steps_per_epoch)
-    progress = Progress(total_steps, total_epochs=-(-total_steps // plan.steps_per_epoch))
+@together.shared_fate()
+@determinism.explained()
+def launch(settings: Settings, plans: Plans, method: Method, script: Script) -> int:
+    """Prepare everything in the order of its dependencies, then train. Returns the program's exit status."""
+    determinism.settle(settings[TrainingOptions].deterministic)
+    try:
+        run = look_ahead(settings, plans, method, script)
+    except RunEnded as end:
+        console.notice(str(end))
+        return end.status
+    if settings[RehearsalOptions].dry_run:
+        show_run(run, method)
+        run.accelerator.end_training()
+        return 0
     if settings[DatasetOptions].debug_dataset:
-        show_dataset(settings, plans, info, table, plan)
-        return
+        show_dataset(settings, plans, run.info, run.table, run.plan)
+        return 0
+    step, caches = build(run, method)
+    motion = set_in_motion(run, method, step)
+    dataset = make_dataset(run, caches)
+    if not (settings[RehearsalOptions].no_rehearsal or run.progress.finished):
+        rehearse(run, method, step, motion, dataset)
+    loader = load_batches(run, dataset)
+    companions = accompany(run, method, step, caches, motion)
+    status = train_to_the_end(run, method, motion, loader, companions)
+    loader.failures.update(*together.gather(loader.failures))  # each process has met its own
+    run.accelerator.print(after_training(companions.movement, loader.left_out, str(companions.validate.history)))
+    # The wrapper of several processes goes before their connection: Gloo hangs when it is taken down along with it.
+    del motion, companions
+    run.accelerator.free_memory()
+    run.accelerator.end_training()
+    return status
 
-    # Model, caches, and what is trained.
-    caching = plan_for_run(settings[CacheOptions], info, table, plans.datasets)
-    cached = caching is not None and not caching.missing
-    model = info.load(formats.frozen, accelerator.device, formats.vae, vae_device="cpu" if cached else None)
-    model.prediction = prediction
+
+def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches]:
+    """The model with what is trained in it, and what was computed while all of it was on the device."""
+    settings, info, accelerator = run.settings, run.info, run.accelerator
+    caching = plan_for_run(settings[CacheOptions], info, run.table, run.plans.datasets)
+    vae_device = "cpu" if caching is not None and not caching.missing else None
+    model = info.load(run.formats.frozen, accelerator.device, run.formats.vae, vae_device, exact=method.is_trained)
+    model.prediction = run.prediction
     model.read_captions(text_options(settings[ModelOptions]))
-    caches = prepare_caches(settings[CacheOptions], caching, info, model, table, plans.datasets, accelerator)
-    seed_generators(seed, "first weights")
+    caches = prepare_caches(settings[CacheOptions], caching, info, model, run.table, run.plans.datasets, accelerator)
+    seed_generators(run.seed, "first weights")
     step = TrainingStep(model, method.build(model), model.noise_process())
-    groups = method.parameter_groups()
-    train_only(step, groups)
     if settings[PrecisionOptions].gradient_checkpointing:
         model.enable_gradient_checkpointing(unet=True, text_encoders=method.trains_text_encoder())
         method.enable_gradient_checkpointing()
-
-    # What moves it.
-    optimizer = make_optimizer(settings[OptimizerOptions], groups)
-    scheduler = make_scheduler(settings[OptimizerOptions], optimizer, total_steps)
-    movement = Movement(groups, optimizer)
-    root, prepared = accelerator.prepare(step, optimizer)
-    names = [group.name for group in groups]
-    stepper = Stepper(accelerator, root, prepared, scheduler, names, settings[OptimizerOptions].clip_norm)
-
-    # What it is fed with, and what happens besides.
-    loader = load_batches(settings, plans, plan, caches, info.latents.factor, progress, accelerator)
-    summary = summarise(table, plans.datasets, plan, training.total_steps)
-    accelerator.print(before_training(summary, progress, groups, accelerator))
-    provenance = Provenance(method, settings, seed, formats.mixed, info, model, table, plans.datasets, plan, optimizer)
-    tracker = tracking.start(settings[LogOptions], method.log_name, accelerator, progress)
-    tracker.log_text("dataset", summary.markdown())
-    tracker.log_pictures({"dataset": chart(summary)}, progress.step)
-    target = plans.output_dir / settings[SaveOptions].name
-    saver = Saver(settings[SaveOptions], target, method, step, formats.saved, provenance, tracker, accelerator)
-    previewer = Previewer(settings[PreviewOptions], plans.prompts, target, method, step, tracker, accelerator)
-    schedule = events.Schedule(
-        [
-            events.CheckLatents(step, table),
-            events.CheckMovement(movement),
-            events.Preview(settings[PreviewOptions], previewer),
-            events.SaveStep(settings[SaveOptions], saver),
-            events.SaveEpoch(settings[SaveOptions], saver),
-        ],
-        at_start=[previewer.paint_at_first],
-        at_end=[tracker.finish, saver.save_final],
-    )
-    train(
-        loader=loader,
-        root=root,
-        method=method,
-        stepper=stepper,
-        schedule=schedule,
-        tracker=tracker,
-        progress=progress,
-        seed=seed,
-        device=accelerator.device,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
-    loader.failures.update(gather_object(sorted(loader.failures)))  # each process has met its own
-    accelerator.print(after_training(movement, loader.left_out))
-    # The wrapper of several processes goes before their connection: Gloo hangs when it is taken down along with it.
-    del root, stepper
-    accelerator.free_memory()
-    accelerator.end_training()
+    return step, caches
 
 
-def plan_run(
-    training: TrainingOptions, plans: Plans, seed: int, accelerator: Accelerator
-) -> tuple[RecordTable, RunPlan]:
-    """What there is to train on, and which of it every step of this process sees."""
-    table = scan_together(plans.datasets, accelerator)
-    plan = RunPlan(
-        table,
-        plans.datasets,
-        seed=seed,
-        accumulation=training.gradient_accumulation_steps,
-        world=accelerator.num_processes,
-        rank=accelerator.process_index,
-    )
-    return table, plan
-
-
-def load_batches(
-    settings: Settings,
-    plans: Plans,
-    plan: RunPlan,
-    caches: Caches,
-    latent_factor: int,
-    progress: Progress,
-    accelerator: Accelerator,
-) -> BatchLoader:
-    """This process's batches of the steps that are left."""
-    dataset = ImageDataset(
-        plan.table,
-        plans.datasets,
+def make_dataset(run: Outlook, caches: Caches) -> ImageDataset:
+    """What makes a plan of the run's a batch."""
+    return ImageDataset(
+        run.table,
+        run.plans.datasets,
         caches.latents,
         caches.text,
-        latent_factor=latent_factor,
-        masked_loss=settings[DatasetOptions].masked_loss,
-        prior_loss_weight=settings[TrainingOptions].prior_loss_weight,
-        total_steps=progress.total_steps,
+        latent_factor=run.info.latents.factor,
+        masked_loss=run.settings[DatasetOptions].masked_loss,
+        prior_loss_weight=run.settings[TrainingOptions].prior_loss_weight,
+        total_steps=run.progress.total_steps,
     )
-    sampler = PlanSampler(plan, progress.step, progress.total_steps)
-    workers = settings[LoaderOptions].workers
-    return make_loader(dataset, sampler, workers, pin_memory=accelerator.device.type == "cuda")
 
 
-def train_only(step: nn.Module, groups: list[ParameterGroup]) -> None:
-    """Ask for gradients of what the optimizer will move and of nothing else."""
-    step.requires_grad_(False)
-    for group in groups:
-        for parameter in group.parameters:
-            parameter.requires_grad_(True)
+def load_batches(run: Outlook, dataset: ImageDataset) -> BatchLoader:
+    """This process's batches of the steps that are left."""
+    sampler = PlanSampler(run.plan, run.progress.step, run.progress.total_steps)
+    workers = run.settings[LoaderOptions].workers
+    return make_loader(dataset, sampler, workers, pin_memory=run.accelerator.device.type == "cuda")
 
 
-def settle_seed(wanted: int | None, accelerator: Accelerator) -> int:
-    """--seed, or one drawn by the first process for all of them, and shown."""
-    if wanted is not None:
-        return wanted
-    drawn = broadcast_object_list([secrets.randbelow(2**32)])[0]
-    console.notice(f"no --seed was given, this run's is {drawn}")
-    return drawn
+def train_to_the_end(run: Outlook, method: Method, motion: Motion, loader: BatchLoader, companions: Companions) -> int:
+    """The loop, and what comes after its last step. Returns the program's exit status."""
+    ended = None
+    with companions.requests.listening(), companions.tracker.shown(run.progress), seen_off(companions):
+        companions.schedule.start(run.progress)
+        try:
+            train(
+                loader=loader,
+                root=motion.root,
+                method=method,
+                stepper=motion.stepper,
+                schedule=companions.schedule,
+                tracker=companions.tracker,
+                progress=run.progress,
+                seed=run.seed,
+                device=run.accelerator.device,
+                rank=run.accelerator.process_index,
+                world=run.accelerator.num_processes,
+            )
+        except RunEnded as end:
+            ended = end
+        companions.requests.no_more_steps()
+        if ended is None or ended.complete:
+            companions.schedule.finish(run.progress)
+    if ended is not None:
+        console.notice(str(ended))
+    return ended.status if ended else 0
+
+
+@contextmanager
+def seen_off(companions: Companions) -> Iterator[None]:
+    """What is logged and uploaded while it lasts arrives, or is said not to. The error that ends the run stays."""
+    tracker, uploader = companions.tracker, companions.uploader
+    try:
+        yield
+        tracker.finish()
+        uploader.finish()
+    except BaseException:
+        for finish in (tracker.flush, tracker.log.flush, uploader.finish):  # Weights & Biases itself notices a failure
+            with suppress(Exception):
+                finish()
+        raise

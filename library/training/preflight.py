@@ -1,7 +1,8 @@
 """What can be known to be wrong before torch is imported and anything is loaded. Imports no torch."""
 
 import os
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library import console
@@ -12,11 +13,18 @@ from library.models.files.hub import looks_like_hub_id
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
+from library.options.huggingface import HubOptions
 from library.options.logging import LogOptions
 from library.options.model import ModelOptions
 from library.options.preview import PreviewOptions
+from library.options.rehearsal import RehearsalOptions
+from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
+from library.options.validation import ValidationOptions
 from library.suffixes import WEIGHTS_SUFFIXES
+from library.training import states
+from library.training.hub import check_hub, download_state
+from library.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Plans:
     datasets: tuple[DatasetConfig, ...]
     output_dir: Path
     prompts: tuple[PromptLine, ...]
+    resume: states.StateFolder | None = None
+    """The state that the run goes on with, as the first process has found it."""
 
 
 def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str] = BOTH_KINDS) -> Plans:
@@ -33,15 +43,46 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
 
     `kinds` of subsets are what the script takes.
     """
+    saving, resuming, dry = settings[SaveOptions], settings[ResumeOptions], settings[RehearsalOptions].dry_run
+    saves_states = saving.save_state or saving.save_state_on_train_end
+    check_hub(settings[HubOptions], resuming.resume, saves_states=saves_states)
     check_model(settings[ModelOptions])
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
     check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
+    if dry:
+        datasets = tuple(without_index(dataset) for dataset in datasets)
+    held_out = any(subset.validation_split > 0 for dataset in datasets for subset in dataset.subsets)
+    settings[ValidationOptions].check(held_out)
     prompts = check_prompts(settings[PreviewOptions])
+    check_trackers(settings[LogOptions])
     if settings[LogOptions].logging_dir is not None:
-        make_writable("--logging_dir", settings[LogOptions].logging_dir)
-    if settings[SaveOptions].output_dir is None:
+        make_writable("--logging_dir", settings[LogOptions].logging_dir, make=not dry)
+    if saving.output_dir is None:
         raise UserError("nowhere to save: give --output_dir a folder")
-    return Plans(datasets, make_writable("--output_dir", settings[SaveOptions].output_dir), prompts)
+    output_dir = make_writable("--output_dir", saving.output_dir, make=not dry)
+    return Plans(datasets, output_dir, prompts, find_state(settings, output_dir))
+
+
+def find_state(settings: Settings, output_dir: Path) -> states.StateFolder | None:
+    """The state to go on with; the first process alone looks, and tidies up what a killed run has left."""
+    if console.rank() != 0:
+        return None
+    name, wanted = settings[SaveOptions].name, settings[ResumeOptions].resume
+    if not settings[RehearsalOptions].dry_run:
+        states.tidy(output_dir, name)
+        forget_requests(states.control_file(output_dir, name))
+    if not wanted or (wanted == states.LATEST and not output_dir.exists()):
+        return None
+    if settings[HubOptions].resume_from_huggingface:
+        wanted = str(download_state(wanted, settings[HubOptions]))
+    return states.find(wanted, output_dir, name, only_looks=settings[RehearsalOptions].dry_run)
+
+
+def forget_requests(control_file: Path) -> None:
+    """Whatever is in the control file now was meant for a run before this one."""
+    if control_file.exists():
+        console.notice(f"{control_file} is from before this run and is removed")
+        control_file.unlink()
 
 
 def check_caching(settings: Settings, caching: CacheOptions) -> tuple[DatasetConfig, ...]:
@@ -67,24 +108,26 @@ def check_model(options: ModelOptions) -> None:
         console.notice("--tokenizer_cache_dir has no effect: the tokenizers come with this program")
 
 
-def make_writable(flag: str, name: str) -> Path:
-    """Make a folder that is written to later, and try it."""
+def without_index(dataset: DatasetConfig) -> DatasetConfig:
+    """The same dataset, beside whose images nothing is kept."""
+    return replace(dataset, subsets=tuple(replace(subset, cache_info=False) for subset in dataset.subsets))
+
+
+def make_writable(flag: str, name: str, *, make: bool = True) -> Path:
+    """Make a folder that is written to later, and try it; without `make`, try the one that it would be made in."""
     folder = Path(name)
-    probe = folder / f".writable-{os.getpid()}"
+    tried = folder if make else next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tried.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=tried).close()  # which has no name that could be left
     except OSError as error:
-        raise UserError(f"{flag}: {folder} cannot be written to ({error.strerror})") from error
+        raise UserError(f"{flag}: {tried} cannot be written to ({error.strerror})") from error
     return folder
 
 
 def check_prompts(options: PreviewOptions) -> tuple[PromptLine, ...]:
-    """The prompts to paint; none where no preview is due."""
+    """The prompts to paint. Where no preview is due, one may be asked for in the course of the run."""
     wanted = options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs
     if wanted and options.sample_prompts is None:
         raise UserError("previews are asked for, but no prompts: give --sample_prompts a file of them")
-    if options.sample_prompts is None or not wanted:
-        return ()
-    return read_prompts(options.sample_prompts)
+    return () if options.sample_prompts is None else read_prompts(options.sample_prompts)

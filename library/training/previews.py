@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
+from PIL.Image import Image
 
 from library.console import warn
+from library.errors import UserError
 from library.generation.paint import evaluating, paint
 from library.generation.prompts import PromptLine
 from library.options.preview import PreviewOptions
 from library.randomness import address
-from library.training.methods.base import Method
+from library.replacing import replacing
+from library.training import engines, memory
 from library.training.placement import on_device
+from library.training.published import Published
 from library.training.state import Progress
+from library.training.states import SAMPLES
 from library.training.step import TrainingStep
 from library.training.tracking import Tracker
 
@@ -27,16 +32,17 @@ class Previewer:
         options: PreviewOptions,
         prompts: Sequence[PromptLine],
         target: Path,
-        method: Method,
         step: TrainingStep,
+        published: Published,
         tracker: Tracker,
         accelerator: Accelerator,
     ):
         self.options = options
         self.requests = [with_seed(prompt, number) for number, prompt in enumerate(prompts)]
-        self.folder = target.parent / "sample"
+        self.folder = target.parent / SAMPLES
         self.name = target.name
-        self.method = method
+        self.published = published
+        self.root = step
         self.model = step.model
         self.trained = step.trained
         self.tracker = tracker
@@ -49,21 +55,29 @@ class Previewer:
 
     def paint(self, progress: Progress, stamp: str) -> None:
         """Files are named `<name>_<stamp>_<number>_<time>_<seed>.png`."""
-        if not self.accelerator.is_main_process:
-            return
-        now, pictures = time.strftime("%Y%m%d%H%M%S"), {}
-        device = self.accelerator.device
-        with self.method.published_weights(), evaluating(self.trained), on_device(self.model, device):
+        with self.published(), engines.first_looks(self.root) as first:
+            if first:
+                pictures: dict[str, Image] = {}
+                try:
+                    with memory.enough_for("a preview", memory.PICTURE_ADVICE):
+                        self._paint(pictures, stamp)
+                except UserError as problem:
+                    warn(f"{problem}; the training goes on without it")
+                self.tracker.log.pictures(pictures, progress.step)
+
+    def _paint(self, pictures: dict[str, Image], stamp: str) -> None:
+        """`pictures` gets what is painted, as far as that comes."""
+        now = time.strftime("%Y%m%d%H%M%S")
+        with evaluating(self.trained), on_device(self.model, self.accelerator.device):
             for number, request in enumerate(self.requests):
                 picture = paint(self.model, request, default_sampler=self.options.sample_sampler)
                 pictures[f"preview/{number}"] = picture
                 file = self.folder / f"{self.name}_{stamp}_{number:02d}_{now}_{request.seed}.png"
                 try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    picture.save(file)
-                except OSError as error:
-                    warn(f"{file} could not be written ({error.strerror or error}), training goes on without it")
-        self.tracker.log_pictures(pictures, progress.step)
+                    with replacing(file) as whole:
+                        picture.save(whole, "png")
+                except UserError as problem:
+                    warn(f"{problem}: the training goes on without it")
 
 
 def with_seed(prompt: PromptLine, number: int) -> PromptLine:

@@ -2,20 +2,18 @@
 
 import random
 import time
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from library.data.buckets import Size
-from library.data.config import DatasetConfig
-from library.data.plan import RunPlan
 from library.data.records import RecordTable
 from library.data.report.metadata_facts import dataset_metadata
 from library.models.family import Family
 from library.models.metadata import BaseModel, RunFacts
-from library.models.registry import ModelInfo, public_name
-from library.options.base import Settings
+from library.models.registry import public_name
 from library.training.methods.base import Method
+from library.training.outlook import Outlook
 from library.training.state import Progress
 
 
@@ -28,32 +26,27 @@ def most_common_size(table: RecordTable) -> Size:
 class Provenance:
     """Called with the progress of a save, it gives the metadata of the file."""
 
-    def __init__(
-        self,
-        method: Method,
-        settings: Settings,
-        seed: int,
-        mixed_precision: str,
-        info: ModelInfo,
-        model: Family,
-        table: RecordTable,
-        datasets: Sequence[DatasetConfig],
-        plan: RunPlan,
-        optimizer: torch.optim.Optimizer,
-    ):
+    def __init__(self, run: Outlook, method: Method, model: Family, optimizer: torch.optim.Optimizer):
         self.method = method
-        self.settings = settings.flat() | {"seed": seed, "mixed_precision": mixed_precision}
-        self.info = info
+        self.settings = run.settings.flat() | {"seed": run.seed, "mixed_precision": run.formats.mixed}
+        self.info = run.info
         self.model = model
-        self.datasets = datasets
-        self.dataset_fields = dataset_metadata(table, datasets, plan)
-        self.world = plan.world
+        self.datasets = run.plans.datasets
+        self.dataset_fields = dataset_metadata(run.table, self.datasets, run.plan)
+        self.world = run.plan.world
         # sizes that come from metadata files: the one that most images have
-        self.resolution = datasets[0].resolution or most_common_size(table)
+        self.resolution = self.datasets[0].resolution or most_common_size(run.table)
         kind = type(optimizer)
         self.optimizer = f"{kind.__module__}.{kind.__qualname__}"
         self.session_id = random.SystemRandom().randrange(2**32)
         self.started_at = time.time()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"session_id": self.session_id, "started_at": self.started_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A run that goes on is still the same."""
+        self.session_id, self.started_at = state["session_id"], state["started_at"]
 
     def __call__(self, progress: Progress) -> dict[str, str]:
         batch_sizes = [dataset.batch_size for dataset in self.datasets]

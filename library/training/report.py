@@ -28,10 +28,12 @@ def before_training(
     return "\n".join([*lines, ""])
 
 
-def after_training(movement: Movement, left_out: int) -> str:
-    """How far each group has come, and how many images were left out."""
+def after_training(movement: Movement, left_out: int, validation: str = "") -> str:
+    """How far each group has come, how well, and how many images were left out. `validation` may be nothing."""
     changes = movement.relative_changes().items()
     lines = [f"{name}: weights changed by {change:.2%} of their size" for name, change in changes]
+    if validation:
+        lines.append(validation)
     if left_out:
         lines.append(f"images that could not be decoded and were not trained on: {left_out}")
     return "\n".join(lines)

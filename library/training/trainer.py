@@ -32,7 +32,6 @@ def train(
 ) -> None:
     """Trains until `loader` ends."""
     root.train()
-    schedule.start(progress)
     for batch in tracker.fed_by(loader):
         plan = batch.plan
         # counted over all processes, so that two of them draw what one draws with twice the accumulation
@@ -41,7 +40,7 @@ def train(
         with stepper.micro_step(plan):
             losses = root(batch.to(device))
             stepper.backward(losses, plan)
-        tracker.add(losses, plan)
+        tracker.add(losses, batch)
         if plan.last_micro:
             info = stepper.step()
             progress.advance(plan)
@@ -49,7 +48,6 @@ def train(
             tracker.step(info, progress)
             for event in schedule.due(progress):
                 event(progress)
-    schedule.finish(progress)
 
 
 def seed_generators(*parts: int | str) -> None:

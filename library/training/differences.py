@@ -1,0 +1,220 @@
+"""What a run is made of, as its states tell it, and what it means when a resumed run is made of something else."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import torch
+
+from library.console import warn
+from library.data.config import DatasetConfig
+from library.data.records import RecordTable
+from library.models.metadata import IMPLEMENTATION_VERSION
+from library.options.base import Settings, options_of
+from library.options.config import ConfigOptions
+from library.options.console import ConsoleOptions
+from library.options.dataset import DatasetOptions
+from library.options.distributed import DistributedOptions
+from library.options.huggingface import HubOptions
+from library.options.loader import LoaderOptions
+from library.options.logging import LogOptions
+from library.options.metadata import MetadataOptions
+from library.options.network import NetworkOptions
+from library.options.preview import PreviewOptions
+from library.options.rehearsal import RehearsalOptions
+from library.options.resume import ResumeOptions
+from library.options.saving import SaveOptions
+from library.options.validation import ValidationOptions
+from library.training import engines
+from library.training.logs import Continued
+from library.training.shared_scan import digest
+from library.training.trackers import public_value
+
+if TYPE_CHECKING:
+    from library.training.outlook import Outlook
+
+# Groups whose options do not change what is learned.
+_BESIDES = (
+    ConfigOptions,
+    ConsoleOptions,
+    DistributedOptions,
+    HubOptions,
+    LoaderOptions,
+    LogOptions,
+    MetadataOptions,
+    PreviewOptions,
+    RehearsalOptions,
+    ResumeOptions,
+    SaveOptions,
+    ValidationOptions,
+)
+# Options that name places: what is there has a fingerprint of its own.
+_PLACES = {
+    "pretrained_model_name_or_path",
+    "vae",
+    "tokenizer_cache_dir",
+    "train_data_dir",
+    "reg_data_dir",
+    "in_json",
+    "dataset_config",
+    "conditioning_data_dir",
+}
+# Said elsewhere, or without an effect on what is learned.
+_NOT_COMPARED = {
+    "max_train_steps",
+    "max_train_epochs",
+    "learning_rate",
+    "learning_rate_te",
+    "unet_lr",
+    "text_encoder_lr",
+    "optimizer_type",
+    "seed",
+    "cache_info",
+    "debug_dataset",
+    "skip_cache_check",
+    "recache_unknown",
+    "cache_latents_to_disk",
+    "cache_text_encoder_outputs_to_disk",
+    "save_model_as",
+    "use_safetensors",
+}
+_OTHER_IMAGES = "so the images of each step are others from here on"
+_OTHER_CURVE = "so the learning rate follows the new curve from here on"
+_ROUNDINGS = "so it computes with other roundings from here on"
+_READ_OTHERWISE = "so captions are read in another way than for what was learned before"
+_OTHER_AIM = "so the model is trained towards something else than before"
+_ROUNDED = "so roundings differ from those of a run without a break"
+_MEANING = {
+    "train_batch_size": _OTHER_IMAGES,
+    "gradient_accumulation_steps": _OTHER_IMAGES,
+    "lr_scheduler": _OTHER_CURVE,
+    "lr_warmup_steps": _OTHER_CURVE,
+    "mixed_precision": _ROUNDINGS,
+    "deterministic": _ROUNDINGS,
+    "gradient_checkpointing": _ROUNDINGS,
+    "no_half_vae": _ROUNDINGS,
+    "cache_latents": _ROUNDINGS,
+    "vae_batch_size": _ROUNDINGS,
+    "cache_text_encoder_outputs": _ROUNDINGS,
+    "text_encoder_batch_size": _ROUNDINGS,
+    "clip_skip": _READ_OTHERWISE,
+    "max_token_length": _READ_OTHERWISE,
+    "weighted_captions": _READ_OTHERWISE,
+    "v_parameterization": _OTHER_AIM,
+    "zero_terminal_snr": _OTHER_AIM,
+    "optimizer_args": "but the optimizer keeps the old ones, which are in its state",
+    "ema": "so the moving average of the weights begins or ends here",
+}
+_FACTS = {
+    "dataset": f"the images of the datasets or their sizes have changed, {_OTHER_IMAGES}",
+    "captions": "captions have changed, which counts from here on",
+    "base_model": "the base model is another one, which what was learned beside the old one may not fit",
+    "device": f"the device is another one, {_ROUNDED}",
+}
+_NUMBERED_FACTS = {
+    "world": f"the number of processes is {{now}} and was {{before}}, {_OTHER_IMAGES}",
+    "threads": f"the number of threads is {{now}} and was {{before}}, {_ROUNDED}",
+    "torch": f"PyTorch is {{now}} and was {{before}}, {_ROUNDED}",
+    "steps_per_epoch": "the number of steps in an epoch is {now} and was {before}, so the run goes on in epoch {epoch}",
+}
+
+
+def facts(run: "Outlook", optimizer: torch.optim.Optimizer, log: Continued) -> dict[str, Any]:
+    """What a run is made of, without anything private: places and secrets are left out. `log`: how to go on with it."""
+    return {
+        "output_name": run.target.name,
+        "seed": run.seed,
+        "log": log,
+        "settings": comparable(run.settings),
+        "optimizer": type(optimizer).__name__,
+        "images_per_epoch": run.plan.images_per_epoch,
+        "steps_per_epoch": run.plan.steps_per_epoch,
+        "dataset": digest(run.table),
+        "captions": _captions(run.table),
+        "dataset_options": _dataset_options(run.plans.datasets),
+        "base_model": run.info.identity,
+        "engine": engines.engine(run.accelerator),
+        "world": run.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": run.accelerator.device.type,
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "program": IMPLEMENTATION_VERSION,
+    }
+
+
+def comparable(settings: Settings) -> dict[str, Any]:
+    """The options that shape what is learned, as JSON has them; of paths in them the last part only."""
+    shaping = {kind: group for kind, group in settings.groups.items() if kind not in _BESIDES}
+    values = Settings(shaping, settings.given).flat()
+    return {name: public_value(value) for name, value in values.items() if name not in _PLACES}
+
+
+def _captions(table: RecordTable) -> str:
+    """A hash of all captions."""
+    sums = hashlib.blake2b(digest_size=16)
+    for index in range(len(table)):
+        sums.update(table.caption(index).encode() + b"\0")
+    return sums.hexdigest()
+
+
+def _dataset_options(datasets: Sequence[DatasetConfig]) -> str:
+    """A hash of the datasets' options but for places."""
+    nowhere = {"image_dir": None, "metadata_file": None, "conditioning_data_dir": None, "cache_info": None, "place": ""}
+    options = [
+        {**asdict(dataset), "place": "", "subsets": [{**asdict(subset), **nowhere} for subset in dataset.subsets]}
+        for dataset in datasets
+    ]
+    content = json.dumps(options, default=str, sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def say_differences(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> None:
+    """Tell the user what is no longer as it was in the state of this step, and what that means."""
+    if "seed" in before and before["seed"] != now["seed"]:
+        warn(f"--seed is {now['seed']} and was {before['seed']}, so all random choices are others from here on")
+    changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
+    settings = _changed_settings(before, now)
+    for name, meaning in _FACTS.items():
+        if name in changed:
+            warn(meaning)
+    for name, meaning in _NUMBERED_FACTS.items():
+        if name in changed:
+            warn(meaning.format(now=now[name], before=before[name], epoch=step // now["steps_per_epoch"] + 1))
+    if "dataset_options" in changed and not settings & {option.name for option in options_of(DatasetOptions)}:
+        warn("options of the datasets have changed, which counts from here on")
+    if "optimizer" in changed:
+        warn(
+            f"the optimizer is {now['optimizer']} and was {before['optimizer']}, so it starts anew, with the learning "
+            "rates and arguments of this command line"
+        )
+        settings -= {"optimizer_args"}
+    for name in sorted(settings):
+        warn(f"{_difference(name, before, now)}, {_MEANING.get(name, 'which counts from here on')}")
+
+
+def what_does_not_fit(before: Mapping[str, Any], now: Mapping[str, Any], problem: ValueError) -> str:
+    """Why a state is not of what is trained: in the words of flags if their values differ, else the `problem`."""
+    kinds = [facts.get("settings", {}).keys() & {"network_module"} for facts in (before, now)]
+    if before and kinds[0] != kinds[1]:
+        return "it is of a network" if kinds[0] else "it is of the model itself, not of a network"
+    own = {option.name for option in options_of(NetworkOptions)}
+    differing = sorted(_changed_settings(before, now) & own)
+    return ", ".join(_difference(name, before, now) for name in differing) or str(problem)
+
+
+def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """The options that both know, that matter and that differ."""
+    old, new = before.get("settings", {}), now["settings"]
+    return {name for name in (old.keys() & new.keys()) - _NOT_COMPARED if public_value(old[name]) != new[name]}
+
+
+def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return f"--{name} is {_shown(now['settings'][name])} and was {_shown(before['settings'][name])}"
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None or value is False or value == "" else "set" if value is True else str(value)

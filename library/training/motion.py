@@ -1,0 +1,49 @@
+"""What moves the weights: the optimizer, its rates, and the engine that runs the root module."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from library.options.optimizer import OptimizerOptions
+from library.training import engines
+from library.training.methods.base import Method, ParameterGroup
+from library.training.optimizers import make_optimizer
+from library.training.outlook import Outlook
+from library.training.schedulers import make_scheduler
+from library.training.step import TrainingStep
+from library.training.stepper import Stepper
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What moves the weights."""
+
+    root: nn.Module
+    """The step as the engine runs it."""
+    groups: list[ParameterGroup]
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    stepper: Stepper
+
+
+def set_in_motion(run: Outlook, method: Method, step: TrainingStep) -> Motion:
+    """Optimizer, rates and engine, as at the first step of a new run."""
+    options = run.settings[OptimizerOptions]
+    groups = method.parameter_groups()
+    train_only(step, groups)
+    optimizer = make_optimizer(options, groups)
+    scheduler = make_scheduler(options, optimizer, run.progress.total_steps)
+    root, prepared, groups = engines.prepare(run.accelerator, step, optimizer, groups)
+    names = [group.name for group in groups]
+    stepper = Stepper(run.accelerator, root, prepared, scheduler, names, options.clip_norm)
+    return Motion(root, groups, optimizer, scheduler, stepper)
+
+
+def train_only(step: nn.Module, groups: list[ParameterGroup]) -> None:
+    """Ask for gradients of what the optimizer will move and of nothing else."""
+    step.requires_grad_(False)
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.requires_grad_(True)
