@@ -150,6 +150,32 @@ class RunPlan:
                 epoch = _Epoch(step // self.steps_per_epoch + 1, (*self.groups, *self.loose), self.seed)
             yield from self._step(epoch, step)
 
+    def largest_batch(self) -> BatchPlan:
+        """A micro-batch with as many pixels as any, the same one for all processes, as a step of its own."""
+        chosen, most = None, 0
+        for group in (*self.groups, *self.loose):
+            sizes = [group.bucket] if group.bucket else self.table.buckets[group.members].tolist()
+            for index, (width, height) in enumerate(sizes):
+                pixels = min(group.batch_size, group.samples) * width * height
+                if pixels > most:
+                    records = group.epoch(1, self.seed) if group.bucket else ([group.members[index]], [0])
+                    chosen, most = (group, (width, height), records), pixels
+        group, bucket, (records, uses) = chosen
+        uses_of_batch = list(zip(records, uses, strict=True))[: group.batch_size]
+        items = tuple(self._item(1, int(record), int(use)) for record, use in uses_of_batch)
+        return BatchPlan(
+            epoch=1,
+            step=0,
+            micro=0,
+            last_micro=True,
+            items=items,
+            bucket=bucket,
+            dataset=group.dataset,
+            images_in_step=len(items) * self.world,
+            filler=False,
+            last_of_epoch=False,
+        )
+
     def _step(self, epoch: "_Epoch", step: int) -> Iterator[BatchPlan]:
         index = step % self.steps_per_epoch
         slots = self.accumulation * self.world

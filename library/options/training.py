@@ -19,6 +19,11 @@ class TrainingOptions:
     seed: int | None = option(
         None, "makes the run repeatable; without it a seed is drawn, shown and recorded", metavar="N"
     )
+    deterministic: bool = option(
+        False,
+        "use only operations that give the same result every time, so that a GPU, too, repeats a run of the same seed "
+        "bit for bit; slower",
+    )
     gradient_accumulation_steps: int = option(
         1,
         "micro-batches per optimizer step; their images weigh the same however they are divided",
