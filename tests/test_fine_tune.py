@@ -128,6 +128,7 @@ def test_captions_are_read_as_the_flags_say(run, model_files, monkeypatch):
     assert largest_difference(file, plain) < ROUNDING
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_accumulation(run, words, model_file, tmp_path):
     """Three batches per epoch, so every second step has none for the second process."""
     launcher = ("torchrun", "--standalone", "--nproc_per_node", "2")

@@ -58,11 +58,11 @@ def of_fine_tuning(pictures, tmp_path) -> dict[str, object]:
 @pytest.mark.parametrize(
     "kind",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"optimizer_type": "AdamW8bit", "network_dim": 64},
-        {"optimizer_type": "Prodigy", "learning_rate": 1},
+        pytest.param({"optimizer_type": "Prodigy", "learning_rate": 1}, marks=pytest.mark.slow),
         {"optimizer_type": "AdamWScheduleFree"},
-        {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3},
+        pytest.param({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 2},
         "fine_tune",
     ],
