@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from library.console import notice, warn
 from library.errors import UserError
@@ -251,7 +250,7 @@ def all_finite(module: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
     """
     extremes = [torch.zeros(2)]  # rounding keeps the order, so that they tell of all the others
     for tensor in (*module.parameters(), *module.buffers()):
-        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        own = engines.local(tensor)
         if own.is_floating_point() and own.numel():
             extremes.append(torch.stack(torch.aminmax(own)).float().cpu())
     return bool(torch.cat(extremes).to(dtype).isfinite().all())
