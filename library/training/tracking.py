@@ -25,7 +25,8 @@ from library.transfer import to_device
 
 _WINDOW = 100  # steps that averages look back
 _SPAN = 250  # timesteps in each of the ranges whose losses are averaged apart
-RANGES = tuple(f"{start:03d}-{start + _SPAN - 1:03d}" for start in range(0, 1000, _SPAN))
+RANGES = {f"{low:03d}-{low + _SPAN - 1:03d}": (low, low + _SPAN) for low in range(0, 1000, _SPAN)}
+"""The quarters of the schedule by name: first timestep, and first of the next quarter."""
 _IMAGES_NAMED = 8
 
 

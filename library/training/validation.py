@@ -5,7 +5,6 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from library.data.plan import BatchPlan
 from library.data.records import RecordTable
 from library.errors import UserError
 from library.generation.paint import evaluating
-from library.models.noise import NoiseProcess, sample_noise
+from library.models.noise import sample_noise
 from library.models.registry import ModelInfo
 from library.options.base import Settings
 from library.options.cache import CacheOptions
@@ -43,13 +42,7 @@ from library.training.requests import RunEnded
 from library.training.saving import all_finite
 from library.training.state import Progress
 from library.training.step import TrainingStep
-from library.training.tracking import Tracker
-
-# Each image is looked at once in every quarter of the schedule: at early timesteps the loss is many times that at late
-# ones, and with one timestep drawn from all of them the mean would tell which were drawn. A batch then costs about as
-# much as a training step.
-_RANGES = 4
-
+from library.training.tracking import RANGES, Tracker
 
 # --- measuring ---
 
@@ -64,7 +57,12 @@ class ValidationLoss:
 
 
 class Validator:
-    """Measures the loss on held-out images: a function of the weights, the images and their validation_seed alone."""
+    """Measures the loss on held-out images: a function of the weights, the images and their validation_seed alone.
+
+    Each image is looked at once in every range of timesteps: at early ones the loss is many times that at late ones,
+    and with one timestep drawn from all of them the mean would tell which were drawn. A batch then costs about as much
+    as a training step.
+    """
 
     def __init__(
         self,
@@ -80,7 +78,6 @@ class Validator:
         self.batches = batches
         self.published = published
         self.accelerator = accelerator
-        self.ranges = timestep_ranges(step.noise)
 
     @property
     def images(self) -> int:
@@ -91,7 +88,7 @@ class Validator:
     def fingerprint(self) -> int:
         """Of what is looked at: losses of different fingerprints do not compare."""
         seen = sorted((item.seed, *plan.bucket) for plan in self.batches for item in plan.items)
-        return address(_RANGES, *(number for image in seen for number in image))
+        return address(len(RANGES), *(number for image in seen for number in image))
 
     def measure(self) -> ValidationLoss:
         """The loss now; all processes take part and get the same. Weights, modes and global generators stay as they
@@ -114,8 +111,7 @@ class Validator:
             )
         # exact sums of each image's mean, so that no order of the images shows
         means = [math.fsum(column) / count for column in losses[usable].T.tolist()]
-        names = [f"{low:03d}-{high - 1:03d}" for low, high in self.ranges]
-        return ValidationLoss(math.fsum(means) / len(means), dict(zip(names, means, strict=True)))
+        return ValidationLoss(math.fsum(means) / len(means), dict(zip(RANGES, means, strict=True)))
 
     def _judge_wrong(self, numbers: list[int]) -> None:
         """Warn about these images, whose losses are not finite; NotFinite if the weights are to blame."""
@@ -130,7 +126,7 @@ class Validator:
     def _rows(self) -> Tensor:
         """(images, ranges + 1) float32: each image's losses, and whether it could be read."""
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        rows = torch.zeros(self.images, _RANGES + 1, device=device)
+        rows = torch.zeros(self.images, len(RANGES) + 1, device=device)
         starts = np.cumsum([0, *(len(plan.items) for plan in self.batches)]).tolist()
         share = list(zip(self.batches, starts[:-1], starts[1:], strict=True))[rank::world]
         bar = progress_bar(
@@ -151,17 +147,12 @@ class Validator:
             latents = self.step.latents_of(batch)
             if batch.text is None:
                 batch = replace(batch, text=self.step.model.encode_text(batch.captions))
-            for number, (low, high) in enumerate(self.ranges):
+            for number, (low, high) in enumerate(RANGES.values()):
                 seeds = [address(seed, number) for seed in batch.seeds]
                 timesteps = self.step.noise.sample_timesteps(seeds, low, high).to(latents.device)
                 noise = sample_noise(latents.shape[1:], seeds).to(latents.device)
                 columns.append(self.step.losses(batch, latents, noise, timesteps))
         return torch.stack([*columns, batch.weights], dim=1)
-
-
-def timestep_ranges(noise: NoiseProcess) -> list[tuple[int, int]]:
-    """The schedule in equal parts: (first timestep, first of the next part)."""
-    return list(pairwise(number * noise.steps // _RANGES for number in range(_RANGES + 1)))
 
 
 @contextlib.contextmanager
