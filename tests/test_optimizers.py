@@ -12,6 +12,7 @@ from transformers.optimization import Adafactor
 from library import console
 from library.errors import UserError
 from library.options.optimizer import OPTIMIZERS, OptimizerOptions
+from library.options.scheduler import SchedulerOptions
 from library.training import optimizers
 from library.training.methods.base import ParameterGroup
 from library.training.optimizers import check_optimizer, effective_rates, load_optimizer, make_optimizer
@@ -76,9 +77,9 @@ def leaves(value: object) -> list[object]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_goes_on_after_a_restart_as_if_there_had_been_none(name, dtype):
     def make():
-        parameters, chosen = weights(dtype), options(name, lr_scheduler="constant_with_warmup", lr_warmup_steps=3)
-        optimizer = optimizer_of(parameters, chosen)
-        return parameters, optimizer, make_scheduler(chosen, optimizer, total_steps=10)
+        parameters, warmup = weights(dtype), SchedulerOptions("constant_with_warmup", lr_warmup_steps=3)
+        optimizer = optimizer_of(parameters, options(name))
+        return parameters, optimizer, make_scheduler(warmup, optimizer, total_steps=10)
 
     def go(parameters, optimizer, scheduler, numbers):
         for number in numbers:

@@ -18,6 +18,7 @@ from library.options import (
     OptimizerOptions,
     Option,
     PreviewOptions,
+    SchedulerOptions,
     TrainingOptions,
     options_of,
 )
@@ -176,8 +177,8 @@ def test_effective_values_behind_the_defaults(monkeypatch):
     assert OptimizerOptions().clip_norm == 1.0
     assert OptimizerOptions(max_grad_norm=0).clip_norm is None
     assert OptimizerOptions(optimizer_args=("betas=.9,.999",)).optimizer_keywords == {"betas": ".9,.999"}
-    assert OptimizerOptions(lr_warmup_steps=0.25).warmup_steps(10) == 2
-    assert OptimizerOptions(lr_warmup_steps=3).warmup_steps(10) == 3
+    assert SchedulerOptions(lr_warmup_steps=0.25).warmup_steps(10) == 2
+    assert SchedulerOptions(lr_warmup_steps=3).warmup_steps(10) == 3
     assert TrainingOptions().total_steps(7) == 1600
     assert TrainingOptions(max_train_epochs=3).total_steps(7) == 21
     assert PreviewOptions(sample_every_n_steps=5).step_interval == 5
@@ -208,7 +209,7 @@ def test_to_disk_switches_its_cache_on():
         (OptimizerOptions, {"optimizer_type": "Lion"}, "--optimizer_type: Lion is not available, choose AdamW"),
         (OptimizerOptions, {"optimizer_type": "AdamX"}, "did you mean AdamW"),
         (
-            OptimizerOptions,
+            SchedulerOptions,
             {"lr_scheduler": "cosine"},
             "cosine is not available, choose constant or constant_with_warmup",
         ),

@@ -11,6 +11,7 @@ from library.options.finetune import FineTuneOptions
 from library.options.huggingface import HubOptions
 from library.options.loader import LoaderOptions
 from library.options.logging import LogOptions
+from library.options.memory import MemoryOptions
 from library.options.metadata import MetadataOptions
 from library.options.model import ModelOptions
 from library.options.network import NetworkOptions
@@ -20,6 +21,7 @@ from library.options.preview import PreviewOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
+from library.options.scheduler import SchedulerOptions
 from library.options.sdxl import SdxlOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
@@ -33,8 +35,10 @@ TRAINING = (
     TrainingOptions,
     RehearsalOptions,
     OptimizerOptions,
+    SchedulerOptions,
     EmaOptions,
     PrecisionOptions,
+    MemoryOptions,
     DistributedOptions,
     SaveOptions,
     ResumeOptions,
@@ -59,6 +63,7 @@ __all__ = [
     "HubOptions",
     "LoaderOptions",
     "LogOptions",
+    "MemoryOptions",
     "MetadataOptions",
     "ModelOptions",
     "NetworkOptions",
@@ -69,6 +74,7 @@ __all__ = [
     "RehearsalOptions",
     "ResumeOptions",
     "SaveOptions",
+    "SchedulerOptions",
     "SdxlOptions",
     "Settings",
     "TrainingOptions",

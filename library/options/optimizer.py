@@ -22,14 +22,13 @@ OPTIMIZERS = {
     "Prodigy": OptimizerSource("prodigyopt", "Prodigy", "prodigyopt", adapts_rate=True),
     "AdamWScheduleFree": OptimizerSource("schedulefree", "AdamWScheduleFree", "schedulefree"),
 }
-LR_SCHEDULERS = ("constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """The optimizer and its learning rate over time."""
+    """The optimizer and its learning rates."""
 
-    title: ClassVar[str] = "optimizer and learning rate"
+    title: ClassVar[str] = "optimizer"
 
     optimizer_type: str = option(
         "",
@@ -45,22 +44,10 @@ class OptimizerOptions:
     max_grad_norm: float = option(
         1.0, "scale gradients down where their overall norm is larger; 0 turns this off", metavar="X", minimum=0
     )
-    lr_scheduler: str = option(
-        "constant", f"course of the learning rate, one of: {', '.join(LR_SCHEDULERS)}", metavar="NAME"
-    )
-    lr_warmup_steps: int | float = option(
-        0,
-        "steps in which the rate rises from 0, as a number or as a part of all steps (0.1 or 10%); for "
-        "constant_with_warmup",
-        metavar="N",
-        minimum=0,
-    )
 
     def __post_init__(self) -> None:
         if self.optimizer_type.lower() not in ("", *(name.lower() for name in OPTIMIZERS)):
             raise _unavailable("--optimizer_type", self.optimizer_type, tuple(OPTIMIZERS))
-        if self.lr_scheduler not in LR_SCHEDULERS:
-            raise _unavailable("--lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         parse_key_values(self.optimizer_args or (), "--optimizer_args")
 
     @property
@@ -78,12 +65,6 @@ class OptimizerOptions:
     def clip_norm(self) -> float | None:
         """The norm gradients are clipped at, None for no clipping."""
         return self.max_grad_norm or None
-
-    def warmup_steps(self, total_steps: int) -> int:
-        """Optimizer steps of the warm-up in a run of `total_steps`; a fraction is rounded down."""
-        if isinstance(self.lr_warmup_steps, float):
-            return int(self.lr_warmup_steps * total_steps)
-        return self.lr_warmup_steps
 
 
 def _unavailable(flag: str, value: str, names: tuple[str, ...]) -> UserError:

@@ -1,4 +1,4 @@
-"""Number formats and the memory they save."""
+"""Number formats."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,15 +10,12 @@ from library.options.base import option
 class PrecisionOptions:
     """Precision of the computation and of the frozen parts."""
 
-    title: ClassVar[str] = "precision and memory"
+    title: ClassVar[str] = "precision"
 
     mixed_precision: str = option(
         "no",
         "number format of the computation; the trained weights stay in float32",
         metavar="FORMAT",
         choices=("no", "fp16", "bf16"),
-    )
-    gradient_checkpointing: bool = option(
-        False, "compute activations again in the backward pass instead of keeping them: slower, much less memory"
     )
     no_half_vae: bool = option(False, "run the VAE in float32, for VAEs that overflow in fp16")

@@ -7,10 +7,10 @@ from library.data.report.chart import chart
 from library.data.report.summary import summarise
 from library.options.ema import EmaOptions
 from library.options.huggingface import HubOptions
-from library.options.optimizer import OptimizerOptions
 from library.options.preview import PreviewOptions
 from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
+from library.options.scheduler import SchedulerOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 from library.training import events, resume
@@ -92,7 +92,7 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
     }
     if resumed:
         new_rates = settings[ResumeOptions].resume_new_learning_rate
-        resume.restore(resumed, state, motion, settings[OptimizerOptions], new_rates=new_rates)
+        resume.restore(resumed, state, motion, settings[SchedulerOptions], new_rates=new_rates)
     requests = Requests(control_file(run.plans.output_dir, run.target.name), run.accelerator)
     schedule = events.Schedule(
         [

@@ -10,8 +10,8 @@ from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
 from library.options.loader import LoaderOptions
+from library.options.memory import MemoryOptions
 from library.options.model import ModelOptions
-from library.options.precision import PrecisionOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.training import TrainingOptions
 from library.training import determinism, together
@@ -78,7 +78,7 @@ def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches]:
     caches = prepare_caches(settings[CacheOptions], caching, info, model, run.table, run.plans.datasets, accelerator)
     seed_generators(run.seed, "first weights")
     step = TrainingStep(model, method.build(model), model.noise_process())
-    if settings[PrecisionOptions].gradient_checkpointing:
+    if settings[MemoryOptions].gradient_checkpointing:
         model.enable_gradient_checkpointing(unet=True, text_encoders=method.trains_text_encoder())
         method.enable_gradient_checkpointing()
     return step, caches

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.options.optimizer import OptimizerOptions
+from library.options.scheduler import SchedulerOptions
 from library.training import engines
 from library.training.methods.base import Method, ParameterGroup
 from library.training.optimizers import make_optimizer
@@ -30,14 +31,13 @@ class Motion:
 
 def set_in_motion(run: Outlook, method: Method, step: TrainingStep) -> Motion:
     """Optimizer, rates and engine, as at the first step of a new run."""
-    options = run.settings[OptimizerOptions]
     groups = method.parameter_groups()
     train_only(step, groups)
-    optimizer = make_optimizer(options, groups)
-    scheduler = make_scheduler(options, optimizer, run.progress.total_steps)
+    optimizer = make_optimizer(run.settings[OptimizerOptions], groups)
+    scheduler = make_scheduler(run.settings[SchedulerOptions], optimizer, run.progress.total_steps)
     root, prepared, groups = engines.prepare(run.accelerator, step, optimizer, groups)
     names = [group.name for group in groups]
-    stepper = Stepper(run.accelerator, root, prepared, scheduler, names, options.clip_norm)
+    stepper = Stepper(run.accelerator, root, prepared, scheduler, names, run.settings[OptimizerOptions].clip_norm)
     return Motion(root, groups, optimizer, scheduler, stepper)
 
 

@@ -10,8 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from library.console import notice, warn
 from library.errors import UserError
 from library.models.files.checkpoint import open_weights
-from library.options.optimizer import OptimizerOptions
 from library.options.resume import ResumeOptions
+from library.options.scheduler import SchedulerOptions
 from library.training import engines, foreign_state, together
 from library.training.differences import say_differences, what_does_not_fit
 from library.training.optimizers import load_optimizer
@@ -131,7 +131,7 @@ def _of_something_else(resumed: StateFolder, now: Mapping[str, Any], problem: Va
 
 
 def restore(
-    resumed: StateFolder, state: TrainState, motion: "Motion", options: OptimizerOptions, *, new_rates: bool
+    resumed: StateFolder, state: TrainState, motion: "Motion", options: SchedulerOptions, *, new_rates: bool
 ) -> None:
     """Put everything else back. `new_rates`: the learning rates of the command line win over those of the state."""
     if resumed.ours:
@@ -215,7 +215,7 @@ def _require_rates(scheduler: LRScheduler, progress: Progress) -> None:
 
 
 def _say_if_curve_differs(
-    before: Mapping[str, Any], scheduler: LRScheduler, options: OptimizerOptions, progress: Progress
+    before: Mapping[str, Any], scheduler: LRScheduler, options: SchedulerOptions, progress: Progress
 ) -> None:
     """Tell the user if a run of the new length would have had other rates so far, and so other weights."""
     old_total = before.get("total_steps", progress.total_steps)

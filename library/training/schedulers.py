@@ -4,10 +4,10 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from library.options.optimizer import OptimizerOptions
+from library.options.scheduler import SchedulerOptions
 
 
-def make_scheduler(options: OptimizerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+def make_scheduler(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
     """The course of --lr_scheduler over `total_steps` optimizer steps; it steps once per optimizer step."""
     return get_scheduler(
         options.lr_scheduler,
