@@ -210,8 +210,8 @@ def test_to_disk_switches_its_cache_on():
         (OptimizerOptions, {"optimizer_type": "AdamX"}, "did you mean AdamW"),
         (
             SchedulerOptions,
-            {"lr_scheduler": "cosine"},
-            "cosine is not available, choose constant or constant_with_warmup",
+            {"lr_scheduler": "cosin"},
+            "cosin is not available, choose constant, .* or adafactor, did you mean cosine",
         ),
         (LogOptions, {"log_with": "all"}, "--logging_dir"),
         (DatasetOptions, {"dataset_class": "my.Own"}, "--dataset_class: my.Own cannot be used"),

@@ -320,13 +320,10 @@ def test_new_rates_are_shown_beside_the_old_and_win_only_when_told(run, whole, b
     assert "unet learns at 0.003 as before, not at 0.01" in run("broken", **again)
 
 
-def test_a_rest_without_a_rate_is_refused(run, refused, monkeypatch):
-    def falling(options, optimizer, total_steps):
-        return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / 2))
-
-    monkeypatch.setattr("library.training.motion.make_scheduler", falling)
-    run("a", max_train_steps=2, save_state=True)
-    message = refused("a", max_train_steps=5, resume="latest")
+def test_a_rest_without_a_rate_is_refused(run, refused):
+    falling = {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": "step_rules=1:2,0"}
+    run("a", **falling, max_train_steps=2, save_state=True)
+    message = refused("a", **falling, max_train_steps=5, resume="latest")
     assert "nothing is left to learn: the learning rate is 0 from step 3 to the end" in message
 
 
@@ -335,7 +332,8 @@ def rates(curve, steps: int, saved: dict | None = None) -> tuple[list[float], di
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = LambdaLR(optimizer, curve)
     if saved is not None:
-        restore_scheduler(scheduler, saved, optimizer, 0)
+        ahead = LambdaLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), curve)
+        restore_scheduler(scheduler, ahead, saved["last_epoch"], saved)
     taken = []
     for _ in range(steps):
         taken.append(optimizer.param_groups[0]["lr"])
@@ -358,9 +356,3 @@ def test_falling_rates_go_on_and_are_those_of_the_longer_run(curve, fresh_consol
     extended, _ = rates(lambda step: curve(step, 20), 17, saved)
     assert extended == longer[3:]
     assert re.search(r"the learning rate goes on at 0\.\d+, not 0\.\d+", capsys.readouterr().err)
-
-
-def test_a_curve_without_a_saved_place_goes_on_at_the_step():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    restore_scheduler(scheduler := LambdaLR(optimizer, lambda step: 1 - step / 8), None, optimizer, 6)
-    assert (optimizer.param_groups[0]["lr"], scheduler.get_last_lr()) == (0.25, [0.25])

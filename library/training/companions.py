@@ -21,6 +21,7 @@ from library.training.methods.base import Method
 from library.training.motion import Motion
 from library.training.movement import Movement
 from library.training.outlook import Outlook
+from library.training.planned_rates import show_planned_rates
 from library.training.preparation import Caches
 from library.training.previews import Previewer
 from library.training.provenance import Provenance
@@ -90,9 +91,12 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
         **({"scaler": run.accelerator.scaler} if run.accelerator.scaler else {}),
         **({"ema": ema} if ema else {}),
     }
+    new_curve = not resumed
     if resumed:
         new_rates = settings[ResumeOptions].resume_new_learning_rate
-        resume.restore(resumed, state, motion, settings[SchedulerOptions], new_rates=new_rates)
+        new_curve = resume.restore(resumed, state, motion, settings[SchedulerOptions], new_rates=new_rates)
+    if new_curve:
+        show_planned_rates(settings[SchedulerOptions], motion, progress, tracker.log)
     requests = Requests(control_file(run.plans.output_dir, run.target.name), run.accelerator)
     schedule = events.Schedule(
         [

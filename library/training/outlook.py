@@ -19,6 +19,7 @@ from library.options.model import ModelOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
+from library.options.scheduler import SchedulerOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 from library.training import engines, resume, together
@@ -29,6 +30,7 @@ from library.training.methods.base import Method
 from library.training.optimizers import check_optimizer
 from library.training.precision import Precision
 from library.training.preflight import Plans
+from library.training.schedulers import check_length, check_scheduler
 from library.training.shared_scan import scan_together
 from library.training.state import Progress
 from library.training.states import StateFolder
@@ -62,6 +64,7 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
     prediction = prediction_for(settings[ModelOptions], info)
     check_resolutions(plans.datasets, info.latents.step)
     check_optimizer(settings[OptimizerOptions])
+    check_scheduler(settings[SchedulerOptions], settings[OptimizerOptions])
     target = plans.output_dir / settings[SaveOptions].name
     method.settle_output(info, target)
     log = plans.resume and plans.resume.facts.get("log")
@@ -86,6 +89,7 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
         rank=accelerator.process_index,
     )
     total_steps = training.total_steps(plan.steps_per_epoch)
+    check_length(settings[SchedulerOptions], settings[OptimizerOptions], total_steps)
     patience = settings[ValidationOptions].stop_after_no_improvement
     progress = resume.start(settings[ResumeOptions], resumed, total_steps, plan.steps_per_epoch, patience)
     return Outlook(

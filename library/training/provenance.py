@@ -12,8 +12,10 @@ from library.data.report.metadata_facts import dataset_metadata
 from library.models.family import Family
 from library.models.metadata import BaseModel, RunFacts
 from library.models.registry import public_name
+from library.options.scheduler import SchedulerOptions
 from library.training.methods.base import Method
 from library.training.outlook import Outlook
+from library.training.schedulers import settle
 from library.training.state import Progress
 
 
@@ -28,7 +30,13 @@ class Provenance:
 
     def __init__(self, run: Outlook, method: Method, model: Family, optimizer: torch.optim.Optimizer):
         self.method = method
-        self.settings = run.settings.flat() | {"seed": run.seed, "mixed_precision": run.formats.mixed}
+        rates = settle(run.settings[SchedulerOptions], optimizer)
+        self.settings = run.settings.flat() | {
+            "seed": run.seed,
+            "mixed_precision": run.formats.mixed,
+            "lr_scheduler": rates.name,
+            "lr_warmup_steps": rates.warmup_heard,
+        }
         self.info = run.info
         self.model = model
         self.datasets = run.plans.datasets

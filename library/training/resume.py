@@ -1,28 +1,34 @@
 """Going on with a run: where it starts, and how everything gets back into its place."""
 
+import functools
+import itertools
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.console import notice, warn
 from library.errors import UserError
 from library.models.files.checkpoint import open_weights
+from library.options.base import options_of
 from library.options.resume import ResumeOptions
 from library.options.scheduler import SchedulerOptions
 from library.training import engines, foreign_state, together
+from library.training.courses import AdafactorRates, course, put_at, sample, take_over
 from library.training.differences import say_differences, what_does_not_fit
 from library.training.optimizers import load_optimizer
 from library.training.packing import check_shapes
 from library.training.requests import RunEnded
-from library.training.schedulers import make_scheduler
+from library.training.schedulers import finds_steps, planned
 from library.training.state import Progress, TrainState, load_trained, read_objects
 from library.training.states import ENGINE, LATEST, SUFFIX, TRAINED, StateFolder, read
 
 if TYPE_CHECKING:
     from library.training.motion import Motion
+
+_COMPARED = 1000  # points of two curves
 
 
 def agree_on_state(found: StateFolder | None) -> StateFolder | None:
@@ -132,8 +138,10 @@ def _of_something_else(resumed: StateFolder, now: Mapping[str, Any], problem: Va
 
 def restore(
     resumed: StateFolder, state: TrainState, motion: "Motion", options: SchedulerOptions, *, new_rates: bool
-) -> None:
-    """Put everything else back. `new_rates`: the learning rates of the command line win over those of the state."""
+) -> bool:
+    """Put everything else back. `new_rates`: the learning rates of the command line win over those of the state.
+    Returns whether the learning rates follow another curve than before.
+    """
     if resumed.ours:
         say_differences(resumed.facts, state.facts, state.progress.step)
         saved = read_objects(resumed)
@@ -142,14 +150,12 @@ def restore(
     if resumed.ours and resumed.facts.get("optimizer") != state.facts["optimizer"]:
         saved.pop("optimizer", None)
     _restore_optimizer(saved.pop("optimizer", None), resumed, state, motion)
-    _restore_rates(motion, new_rates)
-    restore_scheduler(motion.scheduler, saved.pop("scheduler", None), motion.optimizer, state.progress.step)
-    _require_rates(motion.scheduler, state.progress)
-    _say_if_curve_differs(resumed.progress, motion.scheduler, options, state.progress)
+    others = _restore_curve(saved.pop("scheduler", None), resumed, state, motion, options, new_rates=new_rates)
     for name, thing in state.objects.items():
         if name in saved:
             thing.load_state_dict(saved[name])
     notice(f"going on after step {state.progress.step} with {resumed.folder}")
+    return others
 
 
 def _restore_optimizer(saved: dict[str, Any] | None, resumed: StateFolder, state: TrainState, motion: "Motion") -> None:
@@ -163,72 +169,91 @@ def _restore_optimizer(saved: dict[str, Any] | None, resumed: StateFolder, state
         warn(f"the optimizer starts anew, because the state's does not fit what is trained ({problem})")
 
 
-def _restore_rates(motion: "Motion", new_rates: bool) -> None:
-    """Choose between the learning rates of the state, which are in the optimizer by now, and those of the flags."""
-    for number, (group, mine) in enumerate(zip(motion.optimizer.param_groups, motion.groups, strict=True)):
-        old = group.setdefault("initial_lr", group["lr"])
+def _restore_curve(
+    saved: Mapping[str, Any] | None,
+    resumed: StateFolder,
+    state: TrainState,
+    motion: "Motion",
+    options: SchedulerOptions,
+    *,
+    new_rates: bool,
+) -> bool:
+    """Put the learning rates back; see `restore`."""
+    place = state.progress.step if saved is None else saved["last_epoch"]
+    if isinstance(motion.scheduler, AdafactorRates) != finds_steps(motion.optimizer):
+        raise UserError(
+            "--optimizer_args: the AdaFactor of the state has another relative_step, and keeps it: give the one that "
+            "it was started with"
+        )
+    if isinstance(motion.scheduler, AdafactorRates):
+        motion.scheduler.go_on(place)
+        return False
+    are_new = _restore_rates(motion, new_rates)
+    rates = [group["asked_rate"] for group in motion.optimizer.param_groups]
+    total = state.progress.total_steps
+    make = functools.partial(planned, options, motion.optimizer, rates)
+    ahead = make(total)
+    restore_scheduler(motion.scheduler, ahead, place, None if are_new else saved)
+    _require_rates(ahead, state.progress)
+    old, new = resumed.facts.get("settings", {}), state.facts["settings"]
+    own = {option.name for option in options_of(SchedulerOptions)} & old.keys()
+    differs = are_new or any(old[name] != new[name] for name in own)
+    before = resumed.progress.get("total_steps", total)
+    if before != total:
+        _say_if_curve_differs(make(before), make(total), place, total)
+        shared = total if isinstance(ahead, LambdaLR) else min(before, total)  # classes may refuse more steps
+        differs |= sample(make(before), shared, _COMPARED) != sample(make(total), shared, _COMPARED)
+    return differs
+
+
+def _restore_rates(motion: "Motion", new_rates: bool) -> bool:
+    """Choose between the learning rates of the state, which are in the optimizer by now, and those of the flags.
+    Returns whether those of the flags are others and win.
+    """
+    are_new = False
+    for group, mine in zip(motion.optimizer.param_groups, motion.groups, strict=True):
+        old = group.setdefault("asked_rate", group.get("initial_lr", group["lr"]))
         if old != mine.learning_rate and new_rates:
             notice(f"{mine.name} learns at {mine.learning_rate:g} from here on, and did at {old:g}")
-            group["initial_lr"] = mine.learning_rate
+            group["asked_rate"] = mine.learning_rate
+            are_new = True
         elif old != mine.learning_rate:
             warn(
                 f"{mine.name} learns at {old:g} as before, not at {mine.learning_rate:g}: --resume_new_learning_rate "
                 "lets new rates win"
             )
-        motion.scheduler.base_lrs[number] = group["initial_lr"]
+    return are_new
 
 
 def restore_scheduler(
-    scheduler: LRScheduler, saved: Mapping[str, Any] | None, optimizer: torch.optim.Optimizer, step: int
+    scheduler: LRScheduler, ahead: LRScheduler, place: int, saved: Mapping[str, Any] | None = None
 ) -> None:
-    """Go on with the curve, from the scheduler's own highest rates, at the state's place in it, or after `step` if the
-    state has none. A longer run has the curve that it would have had. Says so where that is not the state's rate.
+    """Go on with the curve of `ahead`, a spare scheduler of the same kind at its first step, after `place` steps in it;
+    it goes there, too. A longer run has the curve that it would have had. Says so where that is not the `saved` rate.
     """
-    base_rates = list(scheduler.base_lrs)
-    if saved is None:
-        scheduler.last_epoch = step
-    else:
-        scheduler.load_state_dict(dict(saved))
-        scheduler.base_lrs = base_rates
-    if not isinstance(scheduler, LambdaLR):
-        return
-    rates = _rates_at(scheduler, base_rates, scheduler.last_epoch)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
-    before = list(saved["_last_lr"]) if saved else []
-    if before and before != _rates_at(scheduler, saved["base_lrs"], scheduler.last_epoch):
+    put_at(ahead, place)
+    take_over(scheduler, ahead)
+    rates, before = ahead.get_last_lr(), list(saved["_last_lr"]) if saved else []
+    if not all(map(math.isclose, before, rates)):
         shown = [", ".join(f"{rate:.3g}" for rate in values) for values in (rates, before)]
         notice(f"the learning rate goes on at {shown[0]}, not {shown[1]}, as the curve of these flags says")
 
 
-def _require_rates(scheduler: LRScheduler, progress: Progress) -> None:
-    """UserError if the rest of the curve is zero."""
-    if not isinstance(scheduler, LambdaLR) or progress.finished:
-        return
-    place, left = scheduler.last_epoch, progress.total_steps - progress.step
-    if not any(any(_rates_at(scheduler, scheduler.base_lrs, place + step)) for step in range(left)):
+def _require_rates(ahead: LRScheduler, progress: Progress) -> None:
+    """UserError if the rest of the curve, from where a spare scheduler is, is zero."""
+    left = progress.total_steps - progress.step
+    if left > 0 and not any(any(rates) for rates in itertools.islice(course(ahead), left)):
         raise UserError(
             f"nothing is left to learn: the learning rate is 0 from step {progress.step + 1} to the end, raise "
             "--max_train_steps or choose another --lr_scheduler"
         )
 
 
-def _say_if_curve_differs(
-    before: Mapping[str, Any], scheduler: LRScheduler, options: SchedulerOptions, progress: Progress
-) -> None:
+def _say_if_curve_differs(old: LRScheduler, new: LRScheduler, place: int, total_steps: int) -> None:
     """Tell the user if a run of the new length would have had other rates so far, and so other weights."""
-    old_total = before.get("total_steps", progress.total_steps)
-    if old_total == progress.total_steps or not isinstance(scheduler, LambdaLR):
-        return
-    spare = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
-    old, new = make_scheduler(options, spare, old_total).lr_lambdas[0], scheduler.lr_lambdas[0]
-    if any(old(step) != new(step) for step in range(scheduler.last_epoch)):
+    so_far = zip(range(place), course(old), course(new), strict=False)
+    if any(rates != others for _, rates, others in so_far):
         warn(
-            f"the learning rate's curve depends on the length of the run: one of {progress.total_steps} steps would "
-            f"have had other rates in the first {scheduler.last_epoch}, so this one becomes another than that"
+            f"the learning rate's curve depends on the length of the run: one of {total_steps} steps would "
+            f"have had other rates in the first {place}, so this one becomes another than that"
         )
-
-
-def _rates_at(scheduler: LambdaLR, base_rates: list[float], step: int) -> list[float]:
-    return [base * curve(step) for base, curve in zip(base_rates, scheduler.lr_lambdas, strict=True)]
