@@ -244,7 +244,7 @@ def test_unknown_keys_are_warned_of_once(tmp_path, capsys):
         assert read("--config_file", str(path))[TrainingOptions].seed == 2
     assert capsys.readouterr().err.splitlines() == [
         f"warning: {path}: learning_rat is not an option of this script and is ignored, did you mean learning_rate?",
-        f"warning: {path}: LoRA_type is not an option of this script and is ignored",
+        f"warning: {path}: LoRA_type is not an option of this script and is ignored, did you mean loss_type?",
         f"warning: {path}: output_config only works on the command line and is ignored",
         f"warning: {path}: seed is set more than once, the last value counts",
     ]

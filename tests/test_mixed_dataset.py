@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from library.models import loading
-from library.training.objective import squared_error
+from library.training.objective import element_losses, mean_of_samples
 from networks.lora import LoRANetwork
 from tests import tiny
 
@@ -122,10 +122,11 @@ def test_the_dataset_sheet_needs_no_weights(train, words, tmp_path, monkeypatch,
 
 def test_what_is_masked_out_counts_as_no_error():
     prediction, target = torch.tensor([[[[1.0, 3.0]]]]), torch.zeros(1, 1, 1, 2)
-    assert squared_error(prediction, target).tolist() == [5]
-    assert squared_error(prediction, target, torch.tensor([[[[1.0, 0.0]]]])).tolist() == [0.5]
-    assert squared_error(prediction, target, torch.tensor([[[[0.5, 0.5]]]])).tolist() == [2.5]
-    assert squared_error(prediction, target, torch.zeros(1, 1, 1, 2)).tolist() == [0]
+    errors = element_losses(prediction, target)
+    assert mean_of_samples(errors).tolist() == [5]
+    assert mean_of_samples(errors, torch.tensor([[[[1.0, 0.0]]]])).tolist() == [0.5]
+    assert mean_of_samples(errors, torch.tensor([[[[0.5, 0.5]]]])).tolist() == [2.5]
+    assert mean_of_samples(errors, torch.zeros(1, 1, 1, 2)).tolist() == [0]
 
 
 def test_the_network_multiplier_holds_for_training_and_not_for_previews(train, flags, pictures, tmp_path, monkeypatch):

@@ -48,6 +48,8 @@ OURS = {
     "save_best",
     "stop_after_no_improvement",
     "resume_new_learning_rate",
+    "timestep_distribution",
+    "masked_loss_normalize",
 }
 
 

@@ -15,6 +15,7 @@ from library.options.memory import MemoryOptions
 from library.options.metadata import MetadataOptions
 from library.options.model import ModelOptions
 from library.options.network import NetworkOptions
+from library.options.objective import ObjectiveOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.precision import PrecisionOptions
 from library.options.preview import PreviewOptions
@@ -33,6 +34,7 @@ TRAINING = (
     CacheOptions,
     LoaderOptions,
     TrainingOptions,
+    ObjectiveOptions,
     RehearsalOptions,
     OptimizerOptions,
     SchedulerOptions,
@@ -67,6 +69,7 @@ __all__ = [
     "MetadataOptions",
     "ModelOptions",
     "NetworkOptions",
+    "ObjectiveOptions",
     "OptimizerOptions",
     "Option",
     "PrecisionOptions",

@@ -32,6 +32,7 @@ from library.training.saving import Saver
 from library.training.state import TrainState
 from library.training.states import control_file
 from library.training.step import TrainingStep
+from library.training.timesteps import LossAware
 from library.training.tracking import Tracker
 from library.training.upload import Uploader
 from library.training.validation import SaveBest, StopEarly, Validate, make_validator
@@ -80,6 +81,8 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
         settings, run.info, step, run.table, run.plans.datasets, caches, published, run.accelerator
     )
     validate = Validate(settings[ValidationOptions], validator, tracker)
+    timesteps = step.objective.timesteps
+    learns = isinstance(timesteps, LossAware)
     state.objects = {
         **({} if state.is_spread else {"optimizer": motion.optimizer}),
         "scheduler": motion.scheduler,
@@ -90,6 +93,7 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
         "provenance": provenance,
         **({"scaler": run.accelerator.scaler} if run.accelerator.scaler else {}),
         **({"ema": ema} if ema else {}),
+        **({"timesteps": timesteps} if learns else {}),
     }
     new_curve = not resumed
     if resumed:
@@ -97,9 +101,11 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
         new_curve = resume.restore(resumed, state, motion, settings[SchedulerOptions], new_rates=new_rates)
     if new_curve:
         show_planned_rates(settings[SchedulerOptions], motion, progress, tracker.log)
+    learning = [events.LearnTimesteps(timesteps, run.accelerator)] if learns else []
     requests = Requests(control_file(run.plans.output_dir, run.target.name), run.accelerator)
     schedule = events.Schedule(
         [
+            *learning,
             *([events.AverageWeights(ema)] if ema else []),
             events.CheckLatents(step, run.table),
             events.CheckMovement(movement),
@@ -122,7 +128,8 @@ def watch(run: Outlook, method: Method, step: TrainingStep, motion: Motion) -> t
     summary = summarise(run.table, run.plans.datasets, run.plan, run.settings[TrainingOptions].total_steps)
     run.accelerator.print(before_training(summary, run.progress, motion.groups, run.accelerator))
     log = open_log(run.settings, method.log_name, run.accelerator, run.progress, run.log)
-    tracker = Tracker(run.accelerator, step.timesteps_of, lambda record: run.table[record].path)
+    importance_of = step.objective.timesteps.importance
+    tracker = Tracker(run.accelerator, step.timesteps_of, lambda record: run.table[record].path, importance_of)
     if run.progress.step == 0:
         tracker.log.text("dataset", summary.markdown())
         tracker.log.pictures({"dataset": chart(summary)}, run.progress.step)

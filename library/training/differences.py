@@ -86,6 +86,9 @@ _OTHER_CURVE = "so the learning rate follows the new curve from here on"
 _ROUNDINGS = "so it computes with other roundings from here on"
 _READ_OTHERWISE = "so captions are read in another way than for what was learned before"
 _OTHER_AIM = "so the model is trained towards something else than before"
+_OTHER_NOISE = "so noise is drawn in another way from here on"
+_OTHER_TIMESTEPS = "so other timesteps are trained from here on"
+_OTHER_LOSS = "so losses do not compare with those of before"
 _ROUNDED = "so roundings differ from those of a run without a break"
 _MEANING = {
     "train_batch_size": _OTHER_IMAGES,
@@ -112,6 +115,35 @@ _MEANING = {
     "weighted_captions": _READ_OTHERWISE,
     "v_parameterization": _OTHER_AIM,
     "zero_terminal_snr": _OTHER_AIM,
+    **dict.fromkeys(
+        (
+            "noise_offset",
+            "noise_offset_random_strength",
+            "adaptive_noise_scale",
+            "multires_noise_iterations",
+            "multires_noise_discount",
+            "ip_noise_gamma",
+            "ip_noise_gamma_random_strength",
+        ),
+        _OTHER_NOISE,
+    ),
+    **dict.fromkeys(
+        ("min_timestep", "max_timestep", "timestep_distribution", "logit_mean", "logit_std"), _OTHER_TIMESTEPS
+    ),
+    **dict.fromkeys(
+        (
+            "loss_type",
+            "huber_schedule",
+            "huber_c",
+            "huber_scale",
+            "min_snr_gamma",
+            "scale_v_pred_loss_like_noise_pred",
+            "v_pred_like_loss",
+            "debiased_estimation_loss",
+            "masked_loss_normalize",
+        ),
+        _OTHER_LOSS,
+    ),
     "optimizer_args": "but the optimizer keeps the old ones, which are in its state",
     "ema": "so the moving average of the weights begins or ends here",
 }

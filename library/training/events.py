@@ -4,19 +4,22 @@ import signal
 from collections.abc import Callable
 from typing import Protocol
 
+from accelerate import Accelerator
+
 from library.console import warn
 from library.data.records import RecordTable
 from library.errors import UserError
 from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
 from library.training.ema import Ema
+from library.training.lagged import LaggedCopy
 from library.training.movement import Movement
 from library.training.previews import Previewer
 from library.training.requests import Requests, RunEnded
 from library.training.saving import Saver
 from library.training.state import Progress
 from library.training.step import TrainingStep
-from library.training.tracking import LaggedCopy
+from library.training.timesteps import LossAware
 
 
 class Event(Protocol):
@@ -163,6 +166,20 @@ class CheckMovement:
     def __call__(self, progress: Progress) -> None:
         self.done = True
         self.movement.check()
+
+
+class LearnTimesteps:
+    """After every step: what is drawn learns which timesteps have large losses. Comes before whatever stores it."""
+
+    def __init__(self, timesteps: LossAware, accelerator: Accelerator):
+        self.timesteps = timesteps
+        self.accelerator = accelerator
+
+    def due(self, progress: Progress) -> bool:
+        return True
+
+    def __call__(self, progress: Progress) -> None:
+        self.timesteps.learn(self.accelerator.reduce)  # which sums
 
 
 class AverageWeights:

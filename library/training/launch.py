@@ -12,6 +12,7 @@ from library.options.dataset import DatasetOptions
 from library.options.loader import LoaderOptions
 from library.options.memory import MemoryOptions
 from library.options.model import ModelOptions
+from library.options.objective import ObjectiveOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.training import TrainingOptions
 from library.training import determinism, together
@@ -77,7 +78,7 @@ def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches]:
     model.read_captions(text_options(settings[ModelOptions]))
     caches = prepare_caches(settings[CacheOptions], caching, info, model, run.table, run.plans.datasets, accelerator)
     seed_generators(run.seed, "first weights")
-    step = TrainingStep(model, method.build(model), model.noise_process())
+    step = TrainingStep(model, method.build(model), model.noise_process(), settings[ObjectiveOptions])
     if settings[MemoryOptions].gradient_checkpointing:
         model.enable_gradient_checkpointing(unet=True, text_encoders=method.trains_text_encoder())
         method.enable_gradient_checkpointing()

@@ -16,6 +16,7 @@ from library.options.dataset import DatasetOptions
 from library.options.huggingface import HubOptions
 from library.options.logging import LogOptions
 from library.options.model import ModelOptions
+from library.options.objective import ObjectiveOptions
 from library.options.preview import PreviewOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.resume import ResumeOptions
@@ -49,6 +50,10 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     check_model(settings[ModelOptions])
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
     check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
+    masked = settings[DatasetOptions].masked_loss or any(
+        subset.images.alpha_mask for dataset in datasets for subset in dataset.subsets
+    )
+    settings[ObjectiveOptions].check(settings[ModelOptions], masked=masked)
     if dry:
         datasets = tuple(without_index(dataset) for dataset in datasets)
     held_out = any(subset.validation_split > 0 for dataset in datasets for subset in dataset.subsets)

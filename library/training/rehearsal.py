@@ -56,7 +56,7 @@ def rehearse(run: Outlook, method: Method, step: TrainingStep, motion: Motion, d
             done.insert(0, memory.step_of(plan))
             with _kept(step.trained), evaluating(motion.root):
                 _take_step(run, method, motion, dataset, plan)
-            step.unusable.clear()
+            step.forget()
         with engines.first_looks(step) as first:
             if first:
                 with published_weights(method, motion.optimizer, step.trained):

@@ -6,8 +6,11 @@ from torch import Tensor, nn
 from library.data.batch import Batch
 from library.models.family import Family
 from library.models.noise import NoiseProcess, sample_noise
-from library.training.objective import squared_error
+from library.options.objective import ObjectiveOptions
+from library.training.objective import Objective
 from library.transfer import to_device
+
+_PLAIN = ObjectiveOptions()
 
 
 class TrainingStep(nn.Module):
@@ -17,38 +20,53 @@ class TrainingStep(nn.Module):
     in `forward`. `trained` is a child only for that reason: it acts through the model's own layers.
     """
 
-    def __init__(self, model: Family, trained: nn.Module, noise: NoiseProcess):
+    def __init__(self, model: Family, trained: nn.Module, noise: NoiseProcess, options: ObjectiveOptions = _PLAIN):
         super().__init__()
         self.model = model
         self.trained = trained
         self.noise = noise
+        self.objective = Objective(options, noise)
         self.unusable: list[tuple[Tensor, list[int]]] = []
         """Of each batch whose images were encoded: which latents were not finite (B,), and its records."""
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B,) float32: each sample's loss times its weight, 0 for latents that are not finite."""
+        """(B,) float32: each sample's loss times its weights, 0 for latents that are not finite."""
         latents = self.latents_of(batch)
-        finite = 1
+        finite: Tensor | bool = True
         if batch.latents is None:
             finite = torch.isfinite(latents).flatten(1).all(dim=1)
             self.unusable.append((~finite, batch.records))
             latents = torch.where(finite[:, None, None, None], latents, 0)
-        timesteps = to_device(self.timesteps_of(batch), latents.device)
+        drawn = self.timesteps_of(batch)
+        timesteps = to_device(drawn, latents.device)
         noise = to_device(sample_noise(latents.shape[1:], batch.seeds), latents.device)
-        return self.losses(batch, latents, noise, timesteps) * finite
+        noise, added = self.objective.colour(noise, latents, batch.seeds)
+        losses = self.losses(batch, latents, noise, timesteps, added) * finite
+        return self.objective.timesteps.weigh(losses, drawn, (batch.weights != 0) & finite)
 
     def timesteps_of(self, batch: Batch) -> Tensor:
-        """(B,) int64 on the CPU: the timesteps that a batch is trained at. They follow from its seeds."""
-        return self.noise.sample_timesteps(batch.seeds)
+        """(B,) int64 on the CPU: the timesteps that a batch is trained at. They follow from its seeds, and may from
+        what was learned before this step.
+        """
+        return self.objective.timesteps.draw(batch.seeds)
 
-    def losses(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """(B,) float32 for scaled latents and noise (B, C, h, w) and timesteps (B,) of the caller's choice."""
+    def losses(
+        self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor, added: Tensor | None = None
+    ) -> Tensor:
+        """(B,) float32 for scaled latents and noise (B, C, h, w) and timesteps (B,) of the caller's choice. The latents
+        get the noise that is `added`, if it is not the same.
+        """
         text = self.model.encode_text(batch.captions) if batch.text is None else batch.text
         condition = self.model.condition(text, batch.sizes)
-        noisy = self.noise.add_noise(latents, noise, timesteps)
+        noisy = self.noise.add_noise(latents, noise if added is None else added, timesteps)
         prediction = self.model.denoise(noisy, timesteps, condition)
         target = self.noise.target(latents, noise, timesteps)
-        return squared_error(prediction, target, batch.loss_mask) * batch.weights
+        return self.objective.losses(prediction, target, timesteps, batch.loss_mask, batch.weights)
+
+    def forget(self) -> None:
+        """What was noted of the micro-batches of this step does not count."""
+        self.unusable.clear()
+        self.objective.timesteps.forget()
 
     @torch.no_grad()
     def latents_of(self, batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ from library.bars import progress_bar
 from library.data.batch import Batch
 from library.errors import some
 from library.training.health import Health, NotFinite
+from library.training.lagged import LaggedCopy
 from library.training.logs import Log
 from library.training.state import Progress
 from library.training.stepper import StepInfo
@@ -28,22 +29,6 @@ _SPAN = 250  # timesteps in each of the ranges whose losses are averaged apart
 RANGES = {f"{low:03d}-{low + _SPAN - 1:03d}": (low, low + _SPAN) for low in range(0, 1000, _SPAN)}
 """The quarters of the schedule by name: first timestep, and first of the next quarter."""
 _IMAGES_NAMED = 8
-
-
-class LaggedCopy:
-    """A device tensor on its way to the CPU: read one step later, so that reading never waits for the device."""
-
-    def __init__(self, tensor: Tensor):
-        self.host = tensor.detach().to("cpu", non_blocking=tensor.is_cuda)
-        self.arrived = None
-        if tensor.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self) -> list[float]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.host.tolist()
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,8 @@ class _Measured:
 class Tracker:
     """Collects losses and shows and logs them one step late, so that the device never waits to be read.
 
-    `timesteps_of(batch)` are those it is trained at, (B,) on the CPU; `name_of(record)` is how messages call an image.
+    `timesteps_of(batch)` are those it is trained at, (B,) on the CPU; `name_of(record)` is how messages call an image;
+    `importance_of(timesteps)` is a factor in losses that averages of ranges have to undo, (B,) on the CPU, if any.
     """
 
     def __init__(
@@ -67,11 +53,13 @@ class Tracker:
         accelerator: Accelerator,
         timesteps_of: Callable[[Batch], Tensor],
         name_of: Callable[[int], str],
+        importance_of: Callable[[Tensor], Tensor | None] = lambda timesteps: None,
     ):
         self.accelerator = accelerator
         self.log = Log(accelerator)
         self.timesteps_of = timesteps_of
         self.name_of = name_of
+        self.importance_of = importance_of
         self.recent: deque[float] = deque(maxlen=_WINDOW)
         self.of_ranges: list[deque[tuple[float, float]]] = [deque(maxlen=_WINDOW) for _ in RANGES]  # sum and number
         self.health = Health()
@@ -118,11 +106,14 @@ class Tracker:
         """A micro-batch, still on the CPU, and its losses (B,)."""
         self.images_in_step = batch.plan.images_in_step
         losses = losses.detach().float()
-        in_range = (self.timesteps_of(batch) // _SPAN)[:, None] == torch.arange(len(RANGES))
+        timesteps = self.timesteps_of(batch)
+        in_range = (timesteps // _SPAN)[:, None] == torch.arange(len(RANGES))
         counted = to_device(in_range & (batch.weights != 0)[:, None], losses.device)  # (B, ranges)
         share = losses.sum() / self.images_in_step
         sums = torch.where(counted, losses[:, None], 0).sum(dim=0)
-        values = torch.cat([share[None], sums, counted.sum(dim=0)])
+        importance = self.importance_of(timesteps)
+        numbers = counted if importance is None else counted * to_device(importance, losses.device)[:, None]
+        values = torch.cat([share[None], sums, numbers.sum(dim=0)])
         self.values = values if self.values is None else self.values + values
         self.samples.append((losses, batch.records))
 

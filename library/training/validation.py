@@ -86,9 +86,10 @@ class Validator:
 
     @property
     def fingerprint(self) -> int:
-        """Of what is looked at: losses of different fingerprints do not compare."""
+        """Of what is looked at, and of the loss: values of different fingerprints do not compare."""
         seen = sorted((item.seed, *plan.bucket) for plan in self.batches for item in plan.items)
-        return address(len(RANGES), *(number for image in seen for number in image))
+        loss = self.step.objective.fingerprint
+        return address(len(RANGES), *(number for image in seen for number in image), *loss)
 
     def measure(self) -> ValidationLoss:
         """The loss now; all processes take part and get the same. Weights, modes and global generators stay as they
@@ -297,7 +298,10 @@ class Validate:
             self.history.losses = dict(state["losses"])
             self.history.unsaved = set(state.get("unsaved", ()))
         elif state["losses"]:
-            notice("the held-out images are not those of the state, so the search for the best weights starts anew")
+            notice(
+                "the held-out images or the loss are not those of the state, so the search for the best weights starts "
+                "anew"
+            )
 
 
 class SaveBest:
