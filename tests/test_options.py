@@ -65,7 +65,7 @@ def flag_table(tables: Sequence[str] = TABLES) -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("option", [one for one in FLAGS if one.name not in OURS], ids=lambda option: option.name)
 def test_flag_is_that_of_the_table(option):
-    assert_is_flag(option, flag_table()[option.name])
+    assert_is_flag(option, flag_table([*TABLES, "fine_tune"])[option.name])
 
 
 @pytest.mark.parametrize("option", options_of(FineTuneOptions), ids=lambda option: option.name)

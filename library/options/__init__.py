@@ -1,5 +1,6 @@
 """Every flag, typed: one frozen dataclass per group of options."""
 
+from library.options.attention import AttentionOptions
 from library.options.base import Option, Settings, option, options_of
 from library.options.cache import CacheOptions
 from library.options.config import ConfigOptions
@@ -41,6 +42,7 @@ TRAINING = (
     EmaOptions,
     PrecisionOptions,
     MemoryOptions,
+    AttentionOptions,
     DistributedOptions,
     SaveOptions,
     ResumeOptions,
@@ -55,6 +57,7 @@ TRAINING = (
 
 __all__ = [
     "TRAINING",
+    "AttentionOptions",
     "CacheOptions",
     "ConfigOptions",
     "ConsoleOptions",

@@ -80,6 +80,10 @@ _NOT_COMPARED = {
     "cache_text_encoder_outputs_to_disk",
     "save_model_as",
     "use_safetensors",
+    "cpu_offload_checkpointing",
+    "sdpa",
+    "lowram",
+    "highvram",
 }
 _OTHER_IMAGES = "so the images of each step are others from here on"
 _OTHER_CURVE = "so the learning rate follows the new curve from here on"
@@ -90,6 +94,7 @@ _OTHER_NOISE = "so noise is drawn in another way from here on"
 _OTHER_TIMESTEPS = "so other timesteps are trained from here on"
 _OTHER_LOSS = "so losses do not compare with those of before"
 _ROUNDED = "so roundings differ from those of a run without a break"
+_FROZEN = "so what is trained meets frozen weights that are rounded otherwise from here on"
 _MEANING = {
     "train_batch_size": _OTHER_IMAGES,
     "gradient_accumulation_steps": _OTHER_IMAGES,
@@ -106,6 +111,13 @@ _MEANING = {
     "deterministic": _ROUNDINGS,
     "gradient_checkpointing": _ROUNDINGS,
     "no_half_vae": _ROUNDINGS,
+    "fp8_base": _FROZEN,
+    "fp8_base_unet": _FROZEN,
+    "xformers": _ROUNDINGS,
+    "diffusers_xformers": _ROUNDINGS,
+    "mem_eff_attn": _ROUNDINGS,
+    "torch_compile": _ROUNDINGS,
+    "dynamo_backend": _ROUNDINGS,
     "cache_latents": _ROUNDINGS,
     "vae_batch_size": _ROUNDINGS,
     "cache_text_encoder_outputs": _ROUNDINGS,

@@ -13,21 +13,26 @@ from torch import nn
 from library import console
 from library.data.report.summary import summarise
 from library.errors import UserError
+from library.models import float8
 from library.models.family import Family
 from library.options.cache import CacheOptions
 from library.options.ema import EmaOptions
+from library.options.memory import MemoryOptions
 from library.options.model import ModelOptions
 from library.options.optimizer import OptimizerOptions
+from library.options.precision import PrecisionOptions
 from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 from library.training import engines, events, resume
 from library.training.differences import facts
+from library.training.frozen import parts_in_8_bits
 from library.training.methods.base import Method, ParameterGroup
 from library.training.optimizers import make_optimizer, state_bytes
 from library.training.outlook import Outlook
 from library.training.packing import raw
+from library.training.placement import place
 from library.training.previews import with_seed
 from library.training.report import before_training
 from library.training.retention import all_series
@@ -104,10 +109,13 @@ def estimate(
     run: Outlook, method: Method, model: Family, trained: nn.Module, groups: Sequence[ParameterGroup]
 ) -> Sizes:
     """What the run takes of each process's memory from its first step on, and of the disk. No tensor needs values."""
-    formats, parts = run.formats, {}
-    for name, component in model.components().items():
+    formats, parts, components = run.formats, {}, model.components()
+    rounded = parts_in_8_bits(run.settings[PrecisionOptions], method, components)
+    for name, component in components.items():
         dtype = formats.vae if component.module is model.vae else formats.frozen
         parts[name] = _values(component.module) * (_FLOAT32 if method.is_trained(name) else dtype.itemsize)
+        if name in rounded:
+            parts[name] -= float8.values(component.module) * (dtype.itemsize - float8.FORMAT.itemsize)
     moved = [parameter for group in groups for parameter in group.parameters]
     count = sum(parameter.numel() for parameter in moved)
     optimizer = state_bytes(run.settings[OptimizerOptions], moved, run.accelerator.device)
@@ -130,9 +138,10 @@ def _values(module: nn.Module) -> int:
 
 def _of_memory(run: Outlook, sizes: Sizes) -> Iterator[str]:
     caching, device = run.settings[CacheOptions], run.accelerator.device
+    placement = place(run.settings[MemoryOptions], caching, latents=caching.latents)
     yield "memory that each process needs before anything is computed, about:"
     for name, size in sizes.parts.items():
-        idle = (name == "vae" and caching.latents) or (name.startswith("text_encoder") and caching.text)
+        idle = placement.vae_rests if name == "vae" else name != "unet" and placement.text_encoders_rest
         yield _row(f"{name}{', only while it is needed' if idle else ''}", size)
     names = {
         "network": sizes.network,

@@ -1,4 +1,6 @@
-"""Whether the installed torch can use this machine's GPU, and in which precision: pure decisions, and a `probe`."""
+"""Whether the installed torch can use this machine's GPU, in which precision, and how it computes attention: pure
+decisions, a `probe`, and trials.
+"""
 
 import os
 import platform
@@ -9,6 +11,10 @@ import torch
 from library import console
 from library.environment import Card, find_cards, install_command, torch_build
 from library.errors import UserError
+from library.models import attention
+from library.models.family import Family
+from library.options.attention import AttentionOptions
+from library.training.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -113,3 +119,31 @@ def settle_precision(wanted: str, device: torch.device) -> str:
         if notice is not None:
             console.notice(notice)
     return precision
+
+
+_WHY_NOT = {
+    "mem_eff_attn": "torch has no kernel for it on this device",
+    "xformers": "xformers needs an NVIDIA GPU, and to be built for the installed torch",
+}
+
+
+def choose_attention(options: AttentionOptions, model: Family, formats: Precision, device: torch.device) -> None:
+    """Have attention computed as asked for. What cannot be used is said, and that torch chooses in its place, whose
+    result is the same. Of xformers the autoencoder has a part, too, where it can.
+    """
+    wanted = options.wanted
+    if len(wanted) > 1:
+        flags = ", ".join(f"--{name}" for name in wanted)
+        console.notice(f"{flags}: the first of these that this machine can use is used")
+    for way in wanted:
+        if way == "sdpa":
+            return
+        with console.quiet_dependencies():
+            works = attention.works(way, model.unet, device, formats.frozen)
+            in_vae = works and way == "xformers" and attention.works(way, model.vae, device, formats.vae)
+        if works:
+            attention.use(way, model.unet)
+            if in_vae:
+                attention.use(way, model.vae)
+            return
+        console.notice(f"--{way} cannot be used here: {_WHY_NOT[way]}; torch chooses how attention is computed")

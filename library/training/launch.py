@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from library import console
 from library.data.dataset import BatchLoader, ImageDataset, make_loader
 from library.data.plan import PlanSampler
+from library.options.attention import AttentionOptions
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
@@ -13,17 +14,23 @@ from library.options.loader import LoaderOptions
 from library.options.memory import MemoryOptions
 from library.options.model import ModelOptions
 from library.options.objective import ObjectiveOptions
+from library.options.precision import PrecisionOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.training import TrainingOptions
-from library.training import determinism, together
+from library.training import determinism, engines, together
 from library.training.base_model import Script
 from library.training.caching import plan_for_run
 from library.training.companions import Companions, accompany
+from library.training.compilation import compile_blocks, settle_backend
 from library.training.dry_run import show_run
+from library.training.frozen import check_8_bits, not_exchanged, round_to_8_bits
+from library.training.hardware import choose_attention
 from library.training.inspection import show_dataset
 from library.training.methods.base import Method
 from library.training.motion import Motion, set_in_motion
+from library.training.offload import offload_checkpoints
 from library.training.outlook import Outlook, look_ahead
+from library.training.placement import Placement, place
 from library.training.preflight import Plans
 from library.training.preparation import Caches, prepare_caches
 from library.training.rehearsal import rehearse
@@ -51,8 +58,10 @@ def launch(settings: Settings, plans: Plans, method: Method, script: Script) -> 
     if settings[DatasetOptions].debug_dataset:
         show_dataset(settings, plans, run.info, run.table, run.plan)
         return 0
-    step, caches = build(run, method)
+    step, caches, placement = build(run, method)
     motion = set_in_motion(run, method, step)
+    if not engines.spreads(run.accelerator):
+        placement.rest(step.model)  # engines bring everything to the device
     dataset = make_dataset(run, caches)
     if not (settings[RehearsalOptions].no_rehearsal or run.progress.finished):
         rehearse(run, method, step, motion, dataset)
@@ -68,21 +77,36 @@ def launch(settings: Settings, plans: Plans, method: Method, script: Script) -> 
     return status
 
 
-def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches]:
-    """The model with what is trained in it, and what was computed while all of it was on the device."""
+def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches, Placement]:
+    """The model with what is trained in it, what was computed while all of it was on the device, and what of it the
+    steps do without.
+    """
     settings, info, accelerator = run.settings, run.info, run.accelerator
+    memory, precision = settings[MemoryOptions], settings[PrecisionOptions]
+    check_8_bits(precision, method, accelerator)
+    backend = settle_backend(settings[AttentionOptions], accelerator.device)
     caching = plan_for_run(settings[CacheOptions], info, run.table, run.plans.datasets)
-    vae_device = "cpu" if caching is not None and not caching.missing else None
+    placement = place(memory, settings[CacheOptions], latents=caching is not None)
+    vae_device = "cpu" if placement.vae_rests and not caching.missing else None
     model = info.load(run.formats.frozen, accelerator.device, run.formats.vae, vae_device, exact=method.is_trained)
     model.prediction = run.prediction
     model.read_captions(text_options(settings[ModelOptions]))
-    caches = prepare_caches(settings[CacheOptions], caching, info, model, run.table, run.plans.datasets, accelerator)
+    choose_attention(settings[AttentionOptions], model, run.formats, accelerator.device)
+    caches = prepare_caches(
+        settings[CacheOptions], caching, info, model, run.table, run.plans.datasets, accelerator, placement
+    )
+    round_to_8_bits(precision, method, model)
     seed_generators(run.seed, "first weights")
     step = TrainingStep(model, method.build(model), model.noise_process(), settings[ObjectiveOptions])
-    if settings[MemoryOptions].gradient_checkpointing:
+    not_exchanged(step)
+    if memory.gradient_checkpointing:
         model.enable_gradient_checkpointing(unet=True, text_encoders=method.trains_text_encoder())
         method.enable_gradient_checkpointing()
-    return step, caches
+        if memory.cpu_offload_checkpointing:
+            offload_checkpoints(model)
+    if backend is not None:
+        compile_blocks(model.unet, backend)
+    return step, caches, placement
 
 
 def make_dataset(run: Outlook, caches: Caches) -> ImageDataset:

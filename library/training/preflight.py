@@ -10,13 +10,17 @@ from library.data.config import BOTH_KINDS, DatasetConfig, check_combinations, l
 from library.errors import UserError, suggest_path
 from library.generation.prompts import PromptLine, read_prompts
 from library.models.files.hub import looks_like_hub_id
+from library.options.attention import AttentionOptions
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
 from library.options.huggingface import HubOptions
 from library.options.logging import LogOptions
+from library.options.memory import MemoryOptions
 from library.options.model import ModelOptions
+from library.options.network import NetworkOptions
 from library.options.objective import ObjectiveOptions
+from library.options.precision import PrecisionOptions
 from library.options.preview import PreviewOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.resume import ResumeOptions
@@ -48,6 +52,7 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     saves_states = saving.save_state or saving.save_state_on_train_end
     check_hub(settings[HubOptions], resuming.resume, saves_states=saves_states)
     check_model(settings[ModelOptions])
+    check_memory(settings)
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
     check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
     masked = settings[DatasetOptions].masked_loss or any(
@@ -111,6 +116,23 @@ def check_model(options: ModelOptions) -> None:
             raise UserError(f"{flag}: {name} does not exist{suggest_path(Path(name), WEIGHTS_SUFFIXES)}")
     if options.tokenizer_cache_dir:
         console.notice("--tokenizer_cache_dir has no effect: the tokenizers come with this program")
+
+
+def check_memory(settings: Settings) -> None:
+    """Options of memory and speed that need others. UserError for weights of 8 bits, which make sense in half precision
+    only; what has no effect by itself is said.
+    """
+    precision, memory = settings[PrecisionOptions], settings[MemoryOptions]
+    if NetworkOptions in settings.groups and precision.mixed_precision == "no":
+        for name in ("fp8_base", "fp8_base_unet"):
+            if getattr(precision, name):
+                raise UserError(
+                    f"--{name} computes in half precision: add --mixed_precision bf16 or fp16, or drop --{name}"
+                )
+    if memory.cpu_offload_checkpointing and not memory.gradient_checkpointing:
+        console.notice("--cpu_offload_checkpointing has no effect without --gradient_checkpointing")
+    if "dynamo_backend" in settings.given and not settings[AttentionOptions].torch_compile:
+        console.notice("--dynamo_backend has no effect without --torch_compile")
 
 
 def without_index(dataset: DatasetConfig) -> DatasetConfig:

@@ -16,6 +16,7 @@ from library.models.registry import ModelInfo
 from library.options.cache import CacheOptions
 from library.training import together
 from library.training.caching import vae_encoder
+from library.training.placement import Placement, leave
 from library.training.text_caching import text_layout
 
 
@@ -36,9 +37,10 @@ def prepare_caches(
     table: RecordTable,
     datasets: Sequence[DatasetConfig],
     accelerator: Accelerator,
+    placement: Placement,
 ) -> Caches:
-    """Encode what is to be cached and is not there yet. The encoders that the steps then do without leave the device;
-    previews bring them back.
+    """Encode what is to be cached and is not there yet. Encoders leave the device as `placement` says, once they are
+    done.
     """
     share = {
         "rank": accelerator.process_index,
@@ -48,7 +50,8 @@ def prepare_caches(
     latents = text = None
     if plan is not None:
         latents = make_latents(plan, vae_encoder(model), batch_size=options.vae_batch_size, **share)
-        model.vae.to("cpu")
+        if placement.vae_rests:
+            leave(model.vae)
     if options.text:
         text = cache_text(
             table,
@@ -60,5 +63,6 @@ def prepare_caches(
             skip_check=options.skip_cache_check,
             **share,
         )
-        model.text_encoders.to("cpu")
+        if placement.text_encoders_rest:
+            leave(model.text_encoders)
     return Caches(latents, text)

@@ -37,6 +37,8 @@ class Provenance:
             "lr_scheduler": rates.name,
             "lr_warmup_steps": rates.warmup_heard,
         }
+        if method.is_trained("unet"):
+            self.settings |= {"fp8_base": False, "fp8_base_unet": False}  # which have no effect then
         self.info = run.info
         self.model = model
         self.datasets = run.plans.datasets
