@@ -3,6 +3,7 @@
 Heavy packages are imported inside the fixtures, for the sake of the tests that need none of them.
 """
 
+import gc
 import importlib
 import logging
 import os
@@ -113,8 +114,22 @@ def flags(model_file, pictures) -> Flags:
     return make
 
 
+@pytest.fixture(scope="session")
+def settled() -> None:
+    """What a run imports is there to stay: every run ends with a search for garbage, which need not go through that."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+    from tests.fork_server import IMPORTED
+
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def train(monkeypatch, fresh_console) -> Iterator[Train]:
+def train(monkeypatch, fresh_console, settled) -> Iterator[Train]:
     """`train(words)`: train_network.py, or the `script` of another name, in this process, on the CPU; mistakes are
     SystemExit with code 2. With `sdxl` it is sdxl_train_network.py.
     """

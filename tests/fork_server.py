@@ -12,11 +12,12 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WRITES = 2
 """So many writes to each file are counted: a model has hundreds of them."""
+IMPORTED = (
+    "library.training.launch",
+    "library.training.methods.finetune",
+    "library.training.methods.network",
+    "torch.utils.tensorboard",
+)
+"""What runs import."""
+PATIENCE = 120.0
+"""Seconds for a run of several processes."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +75,17 @@ class ForkServer:
         when: Sequence[tuple[str, Any]] = (),
         temporary: Path | None = None,
         slow: float = 0,
+        processes: int = 1,
+        how: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> Ended:
         """Run a script. It is killed `after` so many seconds, or by its `at`-th operation on files (of -1, they are
         counted), if these are given.
 
         `when` says what is done, one after the other, once the run has printed a text: a signal is sent to all of its
         processes (a number), or what ACTIONS knows is done (its name, and a path). `temporary`: where its temporary
-        files go. `slow`: seconds that each step takes longer.
+        files go. `slow`: seconds that each step takes longer. `processes`: as many as torchrun would start; the status
+        is that of the first one that failed. `how`: what tests/distributed.py changes. `environment`: more variables.
         """
         self.counter.write_text("0")
         order = {
@@ -82,6 +96,9 @@ class ForkServer:
             "when": list(when),
             "temporary": temporary and str(temporary),
             "slow": slow,
+            "processes": processes,
+            "how": list(how),
+            "environment": dict(environment or {}),
         }
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
@@ -100,29 +117,57 @@ def serve(output: str, counter: str) -> None:
     from library import console
 
     with console.quiet_dependencies():
-        import library.training.launch
-        import library.training.methods.finetune
-        import library.training.methods.network  # noqa: F401
+        for name in IMPORTED:
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # else the children would copy every page of memory that has an object on it
     for line in sys.stdin:
         order = json.loads(line)
         start = time.monotonic()
         Path(output).write_text("")
-        child = os.fork()
-        if not child:
-            _train(order, output, counter)
-        with suppress(OSError):  # the child does it, too: nobody knows who is first
-            os.setpgid(child, child)
+        child, *others = _start(order, output, counter)
         if order["after"]:
             _wait(child, lambda end=start + order["after"]: time.monotonic() >= end)
             _send(child, signal.SIGKILL)
         for text, action in order["when"]:
             _wait(child, lambda text=text: text in Path(output).read_text(encoding="utf-8"))
             _send(child, action) if isinstance(action, int) else ACTIONS[action[0]](*action[1:])
-        _, status = os.waitpid(child, 0)
-        answer = {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - start}
+        if others:
+            _wait_for_all([child, *others], start + PATIENCE)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in (child, *others)]
+        answer = {"status": next(filter(None, statuses), 0), "seconds": time.monotonic() - start}
         print(json.dumps(answer), flush=True)
+
+
+def _start(order: dict[str, Any], output: str, counter: str) -> list[int]:
+    """The processes of a run, in a group of their own that has the number of the first one."""
+    children: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for rank in range(order["processes"]):
+        if order["processes"] > 1:
+            order["environment"] |= _place(rank, order["processes"], port)
+        child = os.fork()
+        leader = children[0] if children else 0
+        if not child:
+            _train(order, output, counter, leader)
+        with suppress(OSError):  # the child does it, too: nobody knows who is first
+            os.setpgid(child, leader or child)
+        children.append(child)
+    return children
+
+
+def _place(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def _wait_for_all(children: Sequence[int], deadline: float) -> None:
+    """Processes that wait for each other forever are killed."""
+    for child in children:
+        _wait(child, lambda: time.monotonic() >= deadline)
+        _send(child, signal.SIGKILL)
 
 
 def _wait(child: int, is_time: Callable[[], bool]) -> None:
@@ -132,7 +177,7 @@ def _wait(child: int, is_time: Callable[[], bool]) -> None:
 
 def _send(child: int, number: int) -> None:
     if not _ended(child):
-        os.killpg(child, number)
+        os.killpg(os.getpgid(child), number)
 
 
 def _fill(file: str) -> None:
@@ -157,10 +202,11 @@ def _ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _train(order: dict[str, Any], output: str, counter: str) -> None:
+def _train(order: dict[str, Any], output: str, counter: str, leader: int) -> None:
     """The child: does what `python <script>.py <words>` does in a terminal, which signals to all processes at once."""
-    os.setpgid(0, 0)
-    sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.setpgid(0, leader)
+    os.environ.update(order["environment"])
+    sink = os.open(output, os.O_WRONLY | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDONLY)
     for descriptor, source in ((0, null), (1, sink), (2, sink)):
         os.dup2(source, descriptor)
@@ -171,6 +217,11 @@ def _train(order: dict[str, Any], output: str, counter: str) -> None:
         _slow_down(order["slow"])
     if order["at"]:
         _die_at(order["at"], counter)
+    if order["how"]:
+        from tests import distributed
+
+        for name in order["how"]:
+            getattr(distributed, name)()
     from library import cli
 
     sys.argv = [f"{order['script']}.py", *order["words"]]

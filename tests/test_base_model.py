@@ -13,7 +13,6 @@ from library.options.base import Settings
 from library.options.model import ModelOptions
 from library.training.base_model import Script, inspect_base_model, prediction_for
 from tests import tiny
-from tests.processes import train_script
 
 SCRIPTS = {
     "train_network.py": Script(sdxl=False, counterpart="sdxl_train_network.py"),
@@ -115,12 +114,12 @@ def test_what_a_file_would_unlearn_is_told(model_files, fresh_console, capsys):
     assert not capsys.readouterr().err
 
 
-def test_a_model_for_the_other_script_in_a_process_of_its_own(flags, model_files, train, tmp_path):
+def test_a_model_for_the_other_script_in_a_process_of_its_own(flags, model_files, fork_server, train, tmp_path):
     """One sentence and exit status 2; what it says to do works."""
     words = flags(tmp_path / "out", pretrained_model_name_or_path=model_files("sdxl"), max_train_steps=1)
-    wrong = train_script(words)
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    (line,) = wrong.stderr.splitlines()
+    wrong = fork_server.run(words)
+    assert wrong.status == 2
+    (line,) = wrong.said.splitlines()
     assert re.fullmatch(r"error: .+ is an SDXL model: train it with sdxl_train_network\.py", line)
     assert not list((tmp_path / "out").iterdir())
     train(words, sdxl=True)

@@ -1,9 +1,7 @@
 """tools/cache_latents.py: what several processes, a kill and a second run leave behind."""
 
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from library import cli
 from library.models.registry import ModelInfo, inspect_model, load_model
 from tests import tiny
 from tests.pictures import picture
-from tests.processes import ACCELERATE, ROOT, run
 from tools import cache_latents
 
 SCRIPT = "tools/cache_latents.py"
@@ -52,31 +49,26 @@ def files(data: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in data.glob("*/*.npz")}
 
 
-def test_two_processes_make_the_files_that_one_makes(words, data, tool, capfd):
+def test_two_processes_make_the_files_that_one_makes(words, data, tool, fork_server, capfd):
     tool(*words)
     assert "7 files written, 0 valid already, 0 failed" in capfd.readouterr().out
     alone = files(data)
     for path in data.glob("*/*.npz"):
         path.unlink()
-    command = [Path(sys.executable).parent / ACCELERATE[0], *ACCELERATE[1:], "--multi_gpu", "--num_processes", "2"]
-    environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = run([*command, SCRIPT, *words], 120, **environment)
-    assert done.returncode == 0, done.stderr
-    assert "process 1 of 2 on cpu: 4 files written" in done.stdout
-    assert "process 2 of 2 on cpu: 3 files written" in done.stdout
+    ended = fork_server.run(words, "tools.cache_latents", processes=2)
+    assert ended.status == 0, ended.said
+    assert "process 1 of 2 on cpu: 4 files written" in ended.said
+    assert "process 2 of 2 on cpu: 3 files written" in ended.said
     assert files(data) == alone
 
 
-def test_a_killed_run_goes_on_to_the_very_same_files(words, data, tool, capfd):
-    count = 120
+def test_a_killed_run_goes_on_to_the_very_same_files(words, data, tool, fork_server, capfd):
+    count = 20
     for number in range(count):
         picture(data / "1_sks shape" / f"{number}.png", (32, 32))
-    command = [sys.executable, SCRIPT, *words, "--max_data_loader_n_workers", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while len(files(data)) < 5 and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+    more = ("--max_data_loader_n_workers", "0")
+    ended = fork_server.run([*words, *more], "tools.cache_latents", at=100)
+    assert ended.status == -signal.SIGKILL, ended.said
     before = files(data)
     assert 5 <= len(before) < count
     tool(*words)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +12,8 @@ from library import options
 from library.cli import parse, run
 from library.errors import UserError
 from library.options import ConfigOptions, DatasetOptions, NetworkOptions, OptimizerOptions, TrainingOptions, option
-from tests.processes import python
+from tests import processes
+from tests.processes import ROOT, python
 
 GROUPS = [options.NetworkOptions, *options.TRAINING, options.SdxlOptions]
 
@@ -158,6 +160,17 @@ def test_help_is_quick_and_imports_nothing_heavy():
         for one in options.options_of(group):
             assert f"--{one.name}" in result.stdout
     assert "caption_extention" not in result.stdout
+
+
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "tools") for path in folder.glob("*.py"))
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "quickstart" not in script])
+def test_every_script_starts(script):
+    result = processes.run([sys.executable, script, "--help"], 60)
+    assert result.returncode == 0, result.stderr
+    assert f"usage: {Path(script).name}" in result.stdout
+    assert not result.stderr
 
 
 def test_exit_status():

@@ -38,14 +38,20 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_there_and_back_is_the_same_model(files, tmp_path):
+def convert_here(monkeypatch, *words):
+    """The same in this process."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, words)])
+    main()
+
+
+def test_there_and_back_is_the_same_model(files, tmp_path, monkeypatch, fresh_console, capsys):
     there = convert(files / "sdxl.safetensors", tmp_path / "folder", "--use_safetensors")
     assert there.returncode == 0, there.stderr
     assert there.stdout == f"{tmp_path / 'folder'} written\n"
     assert not list(tmp_path.rglob("*.bin"))
     words = ("--metadata", '{"note": "x", "n": 1}', "--global_step", "7")
-    back = convert(*words, tmp_path / "folder", tmp_path / "back.safetensors")
-    assert (back.returncode, back.stderr) == (0, "")
+    convert_here(monkeypatch, *words, tmp_path / "folder", tmp_path / "back.safetensors")
+    assert not capsys.readouterr().err
     one, other = load_file(files / "sdxl.safetensors"), load_file(tmp_path / "back.safetensors")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -57,32 +63,24 @@ def test_there_and_back_is_the_same_model(files, tmp_path):
         file.verify()
 
 
-def test_precisions_steps_and_a_reference(files, tmp_path):
-    result = convert(files / "sd2.safetensors", tmp_path / "half.ckpt", "--v2", "--bf16", "--epoch=3")
-    assert result.returncode == 0, result.stderr
+def test_precisions_steps_and_a_reference(files, tmp_path, monkeypatch, fresh_console):
+    convert_here(monkeypatch, files / "sd2.safetensors", tmp_path / "half.ckpt", "--v2", "--bf16", "--epoch=3")
     content = torch.load(tmp_path / "half.ckpt", weights_only=True)
     assert (content["epoch"], content["global_step"]) == (3, 0)
     assert {tensor.dtype for tensor in content["state_dict"].values()} == {torch.bfloat16, torch.float32}
     reference = tmp_path / "reference"
-    assert convert(files / "sd2.safetensors", reference).returncode == 0
+    convert_here(monkeypatch, files / "sd2.safetensors", reference)
     assert (reference / "unet/diffusion_pytorch_model.bin").is_file()
     (reference / "scheduler/scheduler_config.json").write_text("{}")
     index = json.loads((reference / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "LMSDiscreteScheduler"]
     (reference / "model_index.json").write_text(json.dumps(index))
     words = ("--reference_model", reference, "--save_precision_as", "fp16", "--use_safetensors")
-    result = convert(tmp_path / "half.ckpt", tmp_path / "folder", *words)
-    assert result.returncode == 0, result.stderr
+    convert_here(monkeypatch, tmp_path / "half.ckpt", tmp_path / "folder", *words)
     index = json.loads((tmp_path / "folder/model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "LMSDiscreteScheduler"]
     weights = load_file(tmp_path / "folder/unet/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
-
-
-def convert_here(monkeypatch, *words):
-    """The same in this process."""
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, words)])
-    main()
 
 
 @pytest.fixture(scope="module")

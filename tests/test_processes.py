@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from library.options import DistributedOptions
 from library.training import accelerator, engines
 from library.training.accelerator import connection
 from library.training.methods.base import ParameterGroup
+from tests.fork_server import Ended
 from tests.processes import run
 from tests.tiny import largest_difference, stored
 
@@ -29,25 +29,24 @@ TWO = (TORCHRUN, "--standalone", "--nproc_per_node", "2", "-m", "tests.distribut
 # steps nearly proportional to gradients, so that runs that should agree can be compared number by number
 PROPORTIONAL = {"learning_rate": 1, "optimizer_args": ("eps=1", "weight_decay=0", "betas=0.5,0.5")}
 COMMON = {"max_grad_norm": 0.01, "train_batch_size": 1, "gradient_accumulation_steps": 2, **PROPORTIONAL}
-Start = Callable[..., CompletedProcess[str]]
+Start = Callable[..., Ended]
 
 
-@pytest.fixture(scope="session")
-def two(flags, tmp_path_factory) -> Start:
+@pytest.fixture(scope="module")
+def two(fork_server, flags, tmp_path_factory) -> Start:
     """`two(folder, how, **changes)`: a run of two processes as tests/distributed.py changes it, previews and all."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("a red circle --w 32 --h 32 --s 2 --d 1")
 
     def start(folder: Path, *how: str, environment: dict[str, str] | None = None, **changes: object):
         changes = {"sample_prompts": prompts, "sample_every_n_steps": 2, "save_every_n_steps": 2, **COMMON, **changes}
-        quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(environment or {})}
-        return run([*TWO, *how, "--", *flags(folder, **changes)], 200, **quiet)
+        return fork_server.run(flags(folder, **changes), processes=2, how=how, environment=environment)
 
     return start
 
 
-@pytest.fixture(scope="session")
-def plain_run(two, tmp_path_factory) -> tuple[Path, CompletedProcess[str]]:
+@pytest.fixture(scope="module")
+def plain_run(two, tmp_path_factory) -> tuple[Path, Ended]:
     """Two processes with a copy of the model each, five seconds of patience, and slow work of the first one alone."""
     folder = tmp_path_factory.mktemp("plain")
     how = ("impatient", "slow_preview", "slow_cache", "telling")
@@ -61,18 +60,18 @@ def plain_run(two, tmp_path_factory) -> tuple[Path, CompletedProcess[str]]:
     )
 
 
-def told(result: CompletedProcess[str], what: str) -> Counter[str]:
+def told(ended: Ended, what: str) -> Counter[str]:
     """How often it was told; lines of two processes may be mixed."""
-    return Counter(re.findall(rf"{what} <(\w+)>", result.stdout))
+    return Counter(re.findall(rf"{what} <(\w+)>", ended.said))
 
 
-def errors(result: CompletedProcess[str]) -> list[str]:
-    return sorted(re.findall(r"error(?: \(process \d\))?: [^\r\n]*", result.stderr))
+def errors(said: str) -> list[str]:
+    return sorted(re.findall(r"error(?: \(process \d\))?: [^\r\n]*", said))
 
 
 def test_no_process_gives_up_while_another_one_caches_or_paints(plain_run):
-    folder, result = plain_run
-    assert result.returncode == 0, result.stderr
+    folder, ended = plain_run
+    assert ended.status == 0, ended.said
     names = ["run-step00000002.safetensors", "run-step00000004.safetensors", "run.safetensors", "sample"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert len(list((folder / "sample").iterdir())) == 1
@@ -92,19 +91,19 @@ def test_fsdp_writes_the_files_of_plain_processes(two, plain_run, tmp_path):
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
     }
-    result = two(tmp_path, "on_cpu", "spread", environment=fsdp, save_state=True, no_rehearsal=None)
-    assert result.returncode == 0, result.stderr
-    assert told(result, "SPREAD") == {"fsdp": 2}
-    assert "unet: weights changed by" in result.stdout
+    ended = two(tmp_path, "on_cpu", "spread", environment=fsdp, save_state=True, no_rehearsal=None)
+    assert ended.status == 0, ended.said
+    assert told(ended, "SPREAD") == {"fsdp": 2}
+    assert "unet: weights changed by" in ended.said
     for name in ("run-step00000002.safetensors", "run.safetensors"):
         assert max(tensor.abs().max() for key, tensor in load_file(tmp_path / name).items() if "up" in key) > 1e-3
         assert largest_difference(tmp_path / name, plain_run[0] / name) < 1e-6
     assert len(list((tmp_path / "sample").iterdir())) == 2
 
     state = tmp_path / "run-step00000002-state"
-    result = two(tmp_path / "resumed", "on_cpu", "spread", environment=fsdp, resume=state)
-    assert result.returncode == 0, result.stderr
-    assert f"going on after step 2 with {state}" in result.stderr
+    ended = two(tmp_path / "resumed", "on_cpu", "spread", environment=fsdp, resume=state, sample_every_n_steps=None)
+    assert ended.status == 0, ended.said
+    assert f"going on after step 2 with {state}" in ended.said
     assert stored(tmp_path / "resumed" / "run.safetensors") == stored(tmp_path / "run.safetensors")
 
 
@@ -118,29 +117,30 @@ def test_a_part_of_a_state_that_cannot_be_written_is_a_sentence(monkeypatch, tmp
 
 
 def test_a_mistake_in_one_process_ends_the_other_one_in_a_sentence(two, tmp_path):
-    result = two(tmp_path, "mistaken", sample_every_n_steps=None)
-    assert result.returncode
-    other, own = errors(result)
+    ended = two(tmp_path, "mistaken", sample_every_n_steps=None)
+    assert ended.status
+    other, own = errors(ended.said)
     assert own == "error: something is wrong here"
     assert other.startswith("error (process 1): another process of this run has ended, ")
-    assert "[rank" not in result.stderr  # as torch begins the lines of a process's traceback
+    assert "[rank" not in ended.said  # as torch begins the lines of a process's traceback
     assert not list(tmp_path.iterdir())
 
 
 def test_a_state_that_cannot_be_written_leaves_no_process_waiting(two, tmp_path):
-    result = two(tmp_path, "out_of_room", sample_every_n_steps=None, save_state=True, no_rehearsal=None)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("there is no room: the training goes on without it") == 1
+    ended = two(tmp_path, "out_of_room", sample_every_n_steps=None, save_state=True, no_rehearsal=None)
+    assert ended.status == 0, ended.said
+    assert ended.said.count("there is no room: the training goes on without it") == 1
     stems = ("run-step00000002", "run-step00000004", "run")
     names = {f"{stem}.safetensors" for stem in stems} | {f"{stem}-state" for stem in stems[1:]}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
-def test_a_killed_process_ends_the_other_one_at_once(two, tmp_path):
+def test_a_killed_process_ends_the_other_one_at_once(flags, tmp_path):
+    """As a user starts them."""
     started = time.monotonic()
-    result = two(tmp_path, "killed", sample_every_n_steps=None, save_every_n_steps=None)
+    result = run([*TWO, "killed", "--", *flags(tmp_path, **COMMON)], 200, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     assert result.returncode
-    (message,) = errors(result)
+    (message,) = errors(result.stderr)
     assert message.startswith("error: another process of this run has ended, ")
     assert "[rank" not in result.stderr
     assert time.monotonic() - started < 60  # the connection for gradients has a limit of half an hour

@@ -1,6 +1,5 @@
 """Whole runs of sdxl_train_network.py beside a tiny SDXL model, and what they leave behind."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,6 @@ from torch import Tensor
 
 from library.models.registry import load_model
 from tests import tiny
-from tests.processes import ACCELERATE
-from tests.processes import run as run_command
 from tests.test_lora_names import published_shapes
 from tests.test_training import PROPORTIONAL, ROUNDING, assert_equal_to_rounding, up_weights
 from tests.tiny import largest_difference, read_log, scalars, stored
@@ -22,7 +19,7 @@ from tests.trained import check_in_diffusers, check_previews
 # Diffusers on a recent NumPy
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
-SCRIPT = "sdxl_train_network.py"
+SCRIPT = "sdxl_train_network"
 PROMPTS = ("a red circle --w 32 --h 32 --s 2 --d 7", "sks --n blue --w 48 --h 32 --s 2 --l 4 --d 8")
 # The tiny model's transformers, which are as deep as SDXL's second level.
 TRANSFORMERS = ("input_blocks_3_1", "middle_block_1", "output_blocks_0_1", "output_blocks_1_1")
@@ -64,15 +61,9 @@ def run(train, flags, tmp_path):
     return start
 
 
-def start_script(words: list[str], launcher: tuple[str, ...]):
-    program, *options = launcher
-    command = [Path(sys.executable).parent / program, *options, SCRIPT, *words]
-    return run_command(command, 300, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-
-
 @pytest.fixture(scope="module")
-def work(tmp_path_factory, xl_flags):
-    """The folder of a run that was started with `accelerate launch`, and the finished process."""
+def work(tmp_path_factory, xl_flags, fork_server):
+    """The folder of a run, and how it ended."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     words = xl_flags(
@@ -84,7 +75,7 @@ def work(tmp_path_factory, xl_flags):
         sample_every_n_steps=6,
         logging_dir=folder / "logs",
     )
-    return folder, start_script(words, ACCELERATE)
+    return folder, fork_server.run(words, SCRIPT)
 
 
 def weights_of(file: Path, part: str) -> dict[str, Tensor]:
@@ -92,9 +83,9 @@ def weights_of(file: Path, part: str) -> dict[str, Tensor]:
 
 
 def test_a_run_ends_well_and_both_text_encoders_and_the_unet_have_learned(work):
-    folder, result = work
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
+    folder, ended = work
+    assert ended.status == 0, ended.said
+    assert "Traceback" not in ended.said
     weights = load_file(folder / "out" / "run.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
     ups = {key: tensor for key, tensor in weights.items() if "lora_up" in key}
@@ -217,11 +208,11 @@ def test_where_a_picture_was_cut_changes_what_is_learned(xl_run, run, tmp_path):
     assert stored(untold[0]) == stored(untold[1])
 
 
-def test_two_processes_equal_one_with_twice_the_accumulation(xl_run, xl_flags, tmp_path):
+def test_two_processes_equal_one_with_twice_the_accumulation(xl_run, xl_flags, fork_server, tmp_path):
     """Also where a text encoder's last layer is in no graph."""
     common = {"network_dropout": 0.2, "max_train_steps": 2, **PROPORTIONAL}
-    result = start_script(xl_flags(tmp_path / "two", **common), ("torchrun", "--standalone", "--nproc_per_node", "2"))
-    assert result.returncode == 0, result.stderr
-    assert ", 2 processes" in result.stdout
+    ended = fork_server.run(xl_flags(tmp_path / "two", **common), SCRIPT, processes=2)
+    assert ended.status == 0, ended.said
+    assert ", 2 processes" in ended.said
     one = xl_run("one", gradient_accumulation_steps=2, **common)
     assert_equal_to_rounding(tmp_path / "two" / "run.safetensors", one)

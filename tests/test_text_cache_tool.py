@@ -2,9 +2,7 @@
 
 import errno
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from library import cli
 from library.data.caching import text_cache
 from library.models.registry import load_model
 from library.models.text import TextOptions
-from tests import processes
 from tests.pictures import picture
 from tools import cache_text_encoder_outputs
 
@@ -169,15 +166,12 @@ def test_a_folder_that_cannot_be_written_to_fails_with_a_remedy(tmp_path, model_
     assert f"{folder} cannot be written to: change that, or train with --cache_text_encoder_outputs" in printed.err
 
 
-def test_after_a_kill_it_goes_on_to_the_same_files(tmp_path, model_file, tool, capsys):
-    captions = [f"number {number}" for number in range(400)]
+def test_after_a_kill_it_goes_on_to_the_same_files(tmp_path, model_file, tool, fork_server, capsys):
+    captions = [f"number {number}" for number in range(20)]
     folder = folder_of(tmp_path / "killed", captions)
-    command = [sys.executable, SCRIPT, *words(model_file, folder, "--text_encoder_batch_size", "4")]
-    with subprocess.Popen(command, cwd=processes.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while len(files(folder)) < 5 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
+    script = "tools.cache_text_encoder_outputs"
+    ended = fork_server.run(words(model_file, folder, "--text_encoder_batch_size", "4"), script, at=100)
+    assert ended.status == -signal.SIGKILL, ended.said
     assert 5 <= len(files(folder)) < len(captions)
     tool(words(model_file, folder, "--text_encoder_batch_size", "4"))
     untouched = folder_of(tmp_path / "untouched", captions)
@@ -187,14 +181,12 @@ def test_after_a_kill_it_goes_on_to_the_same_files(tmp_path, model_file, tool, c
     assert not list(folder.glob("*.tmp"))
 
 
-def test_two_processes_share_the_work_and_add_up_what_they_did(tmp_path, model_file, tool):
+def test_two_processes_share_the_work_and_add_up_what_they_did(tmp_path, model_file, tool, fork_server):
     captions = [f"number {number % 5}" for number in range(8)]
     folder = folder_of(tmp_path / "two", captions)
-    launcher = Path(sys.executable).parent / "accelerate"
-    command = [launcher, "launch", "--multi_gpu", "--num_processes", "2", "--num_cpu_threads_per_process", "1", SCRIPT]
-    done = processes.run([*command, *words(model_file, folder)], 120, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "text encoder outputs, on cpu: 8 files written, 0 valid already, 0 failed\n"
+    ended = fork_server.run(words(model_file, folder), "tools.cache_text_encoder_outputs", processes=2)
+    assert ended.status == 0, ended.said
+    assert ended.said.count("text encoder outputs, on cpu: 8 files written, 0 valid already, 0 failed\n") == 1
     alone = folder_of(tmp_path / "one", captions)
     tool(words(model_file, alone))
     assert files(folder) == files(alone)

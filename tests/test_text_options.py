@@ -17,7 +17,6 @@ from library.models.sd import StableDiffusion1
 from library.models.text import TextOptions
 from tests import tiny
 from tests.pictures import picture
-from tests.processes import train_script
 from tests.test_training import PROPORTIONAL, ROUNDING, assert_equal_to_rounding
 
 READ = {"max_token_length": 150, "clip_skip": 2, "weighted_captions": True}
@@ -159,10 +158,9 @@ def test_every_family_reads_captions_by_the_same_options(train, words, model_fil
     assert f"--clip_skip {layers + 1} is too large" in capsys.readouterr().err
 
 
-def test_processes_agree_though_skipped_layers_get_no_gradients(words, tmp_path):
-    launcher = ("torchrun", "--standalone", "--nproc_per_node", "2")
-    result = train_script(words("out", train_batch_size=1, gradient_checkpointing=True), launcher)
-    assert result.returncode == 0, result.stderr
+def test_processes_agree_though_skipped_layers_get_no_gradients(words, fork_server, tmp_path):
+    ended = fork_server.run(words("out", train_batch_size=1, gradient_checkpointing=True), processes=2)
+    assert ended.status == 0, ended.said
     weights = load_file(tmp_path / "out" / "run.safetensors")
     moved = {
         layer: any(v.any() for k, v in weights.items() if f"layers_{layer}" in k and "up" in k) for layer in (1, 2)

@@ -12,7 +12,6 @@ from library.models.family import Family
 from library.models.files.checkpoint import open_weights, write_tensors
 from library.models.noise import Prediction
 from library.models.registry import load_model
-from tests.processes import train_script
 from tests.test_lora_names import published_shapes
 from tests.test_training import PROPORTIONAL, assert_equal_to_rounding
 from tests.tiny import draw_pictures, largest_difference, read_log, scalars
@@ -59,8 +58,8 @@ def v2_run(train, v2_flags, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory, v2_flags):
-    """The folder of a run towards v, as a user starts it, and the finished process."""
+def work(tmp_path_factory, v2_flags, fork_server):
+    """The folder of a run towards v, and how it ended."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     words = v2_flags(
@@ -74,7 +73,7 @@ def work(tmp_path_factory, v2_flags):
         sample_every_n_steps=6,
         logging_dir=folder / "logs",
     )
-    return folder, train_script(words)
+    return folder, fork_server.run(words)
 
 
 def metadata_of(file: Path) -> dict[str, str]:
@@ -89,9 +88,9 @@ def predicting_v(path: Path) -> Family:
 
 
 def test_a_run_ends_well_and_both_parts_have_learned(work):
-    folder, result = work
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
+    folder, ended = work
+    assert ended.status == 0, ended.said
+    assert "Traceback" not in ended.said
     weights = load_file(folder / "out" / "run.safetensors")
     assert all(tensor.isfinite().all() and tensor.any() for tensor in weights.values())
     losses = scalars(read_log(folder / "logs"), "loss/current")

@@ -22,7 +22,6 @@ from library.training.step import TrainingStep
 from library.training.trainer import seed_generators
 from library.training.validation import ValidationLoss, Validator
 from tests.pictures import dataset, picture, subset
-from tests.processes import train_script
 from tests.tiny import draw_pictures, make_model, read_log, scalars, stored
 
 RANGES = ("000-249", "250-499", "500-749", "750-999")
@@ -116,13 +115,12 @@ def test_nothing_but_the_weights_decides_it(validated):
     assert_close(expected, validated("cached_too", **still, **cached_too, gradient_accumulation_steps=3)[0])
 
 
-def test_two_processes_see_the_same(validated, flags, folders, tmp_path):
-    launcher = ("torchrun", "--standalone", "--nproc_per_node", "2")
+def test_two_processes_see_the_same(validated, flags, folders, fork_server, tmp_path):
     common = {"max_train_steps": 2, "learning_rate": 1e-12, "save_best": True}
     words = flags(tmp_path / "two", **settings(folders, tmp_path / "two-logs") | common)
-    result = train_script(words, launcher)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("run-best.safetensors") == 1
+    ended = fork_server.run(words, processes=2)
+    assert ended.status == 0, ended.said
+    assert ended.said.count("run-best.safetensors") == 1
     assert_close(losses(tmp_path / "two-logs"), validated("one", **common)[0])
 
 
