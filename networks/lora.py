@@ -77,6 +77,11 @@ class LoRAModule(nn.Module):
         # A plain number: reading the buffer in every forward would make the CPU wait for the GPU.
         self.scale = self.alpha.item() / self.lora_dim
 
+    def weight_norm(self) -> Tensor:
+        """Frobenius norm of alpha / rank * up @ down, scalar: |up down|^2 = tr((up^T up)(down down^T))."""
+        up, down = self.lora_up.weight.flatten(1).float(), self.lora_down.weight.flatten(1).float()
+        return ((up.t() @ up) * (down @ down.t())).sum().clamp_min(0).sqrt() * self.scale
+
     def apply_to(self, org_module: nn.Module) -> None:
         """Puts this branch beside `org_module`, on top of any branch that is there already."""
         if self.org_forward is not None:
@@ -255,6 +260,23 @@ class LoRANetwork(nn.Module):
                 groups.append({"params": [p for lora in loras for p in lora.parameters()], "lr": lr})
                 names.append(name)
         return groups, names
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(
+        self, max_norm: float, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales every branch's alpha / rank * up @ down whose norm is above `max_norm` down to it, both factors alike.
+
+        Returns how many were, and the mean and the largest norm afterwards, as tensors on `device`.
+        """
+        loras = list(self.children())
+        norms = torch.stack([lora.weight_norm() for lora in loras])
+        ratios = (max_norm / norms).clamp(max=1.0)
+        for lora, factor in zip(loras, ratios.sqrt().unbind(), strict=True):
+            lora.lora_up.weight.mul_(factor)
+            lora.lora_down.weight.mul_(factor)
+        norms = norms * ratios
+        return tuple(value.to(device) for value in ((ratios < 1).sum(), norms.mean(), norms.max()))
 
     def get_trainable_params(self) -> Iterable[nn.Parameter]:
         return self.parameters()

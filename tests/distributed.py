@@ -89,7 +89,7 @@ def telling() -> None:
 
     def moved(self):
         info = move(self)
-        weights = b"".join(parameter.detach().numpy().tobytes() for parameter in self.parameters)
+        weights = b"".join(parameter.detach().view(torch.uint8).numpy().tobytes() for parameter in self.parameters)
         print(f"WEIGHTS <{hashlib.sha256(weights).hexdigest()}>", flush=True)
         return info
 

@@ -50,6 +50,7 @@ OURS = {
     "resume_new_learning_rate",
     "timestep_distribution",
     "masked_loss_normalize",
+    "fused_optimizer_groups",  # sdxl_train.py's in the toolkit of the tables
 }
 
 

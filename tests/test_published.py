@@ -11,7 +11,9 @@ from torch import nn
 from library.options.optimizer import OptimizerOptions
 from library.training.methods.base import Method, ParameterGroup
 from library.training.optimizers import make_optimizer
+from library.training.parts import Parts
 from library.training.published import published_weights
+from library.training.rounding import Rounding
 
 
 class _Method:
@@ -36,12 +38,13 @@ class _Run:
         self.optimizer = make_optimizer(
             OptimizerOptions(optimizer_type=optimizer), [ParameterGroup("all", list(self.trained.parameters()), 0.1)]
         )
+        self.parts = Parts(self.optimizer, Rounding(0))
 
     def go(self, steps: int) -> None:
         for _ in range(steps):
             self.trained["used"](torch.randn(3, 5).to(self.trained["used"].weight)).square().mean().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.parts.take(list(self.trained.parameters()), 0)
+            self.parts.end()
 
     def look(self) -> contextlib.AbstractContextManager[None]:
         return published_weights(self.method, self.optimizer, self.trained)

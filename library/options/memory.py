@@ -25,6 +25,15 @@ class MemoryOptions:
     highvram: bool = option(
         False, "for much device memory: what is not needed for a while stays on the device, and need not be moved"
     )
+    fused_backward_pass: bool = option(
+        False, "move each weight as soon as its gradient is there, and free that: memory for one gradient, not for all"
+    )
+    fused_optimizer_groups: int | None = option(
+        None,
+        "the same for sets of weights: divide them into this many, and move a set when all of its gradients are there",
+        metavar="N",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         if self.lowram and self.highvram:
@@ -32,8 +41,20 @@ class MemoryOptions:
                 "--lowram and --highvram are for different machines, and both keep all of the model on the device: "
                 "drop one of them"
             )
+        if self.fused_backward_pass and self.fused_optimizer_groups:
+            raise UserError(
+                "--fused_backward_pass, --fused_optimizer_groups: the first moves each weight by itself and the second "
+                "sets of them, drop one of them"
+            )
 
     @property
     def stays_on_device(self) -> bool:
         """Whether parts that are not needed for a while stay on the device."""
         return self.lowram or self.highvram
+
+    @property
+    def fused(self) -> str | None:
+        """The flag by which weights move within the backward pass, if one is set."""
+        if self.fused_backward_pass:
+            return "--fused_backward_pass"
+        return "--fused_optimizer_groups" if self.fused_optimizer_groups else None

@@ -33,6 +33,12 @@ class NetworkOptions:
         metavar="X",
         minimum=0,
     )
+    scale_weight_norms: float | None = option(
+        None,
+        "after every step, scale each module of the network down to this norm where its is larger; 1 is a good start",
+        metavar="X",
+        minimum=0,
+    )
     network_train_unet_only: bool = option(False, "train only the U-Net's part")
     network_train_text_encoder_only: bool = option(False, "train only the text encoder's part")
     save_model_as: str = option(

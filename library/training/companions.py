@@ -53,7 +53,8 @@ class Companions:
 def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, motion: Motion) -> Companions:
     """Make it, and put everything where it was if the run goes on with a state."""
     settings, progress, resumed = run.settings, run.progress, run.resumed
-    movement = Movement(motion.groups, motion.optimizer, resumed=resumed is not None)
+    stepper = motion.stepper
+    movement = Movement(motion.groups, motion.optimizer, resumed=resumed is not None, step=lambda: stepper.number)
     tracker, log = watch(run, method, step, motion)
     state = TrainState(progress, step, facts(run, motion.optimizer, log), run.accelerator)
     if resumed:
@@ -129,7 +130,8 @@ def watch(run: Outlook, method: Method, step: TrainingStep, motion: Motion) -> t
     run.accelerator.print(before_training(summary, run.progress, motion.groups, run.accelerator))
     log = open_log(run.settings, method.log_name, run.accelerator, run.progress, run.log)
     importance_of = step.objective.timesteps.importance
-    tracker = Tracker(run.accelerator, step.timesteps_of, lambda record: run.table[record].path, importance_of)
+    name_of = lambda record: run.table[record].path  # noqa: E731
+    tracker = Tracker(run.accelerator, step.timesteps_of, name_of, importance_of, method.measured)
     if run.progress.step == 0:
         tracker.log.text("dataset", summary.markdown())
         tracker.log.pictures({"dataset": chart(summary)}, run.progress.step)

@@ -95,6 +95,7 @@ _OTHER_TIMESTEPS = "so other timesteps are trained from here on"
 _OTHER_LOSS = "so losses do not compare with those of before"
 _ROUNDED = "so roundings differ from those of a run without a break"
 _FROZEN = "so what is trained meets frozen weights that are rounded otherwise from here on"
+_OTHER_CLIPPING = "so gradients are clipped in other parts from here on, unless --max_grad_norm is 0"
 _MEANING = {
     "train_batch_size": _OTHER_IMAGES,
     "gradient_accumulation_steps": _OTHER_IMAGES,
@@ -108,6 +109,8 @@ _MEANING = {
     "lr_warmup_steps": _OTHER_CURVE,
     "lr_decay_steps": _OTHER_CURVE,
     "mixed_precision": _ROUNDINGS,
+    "full_fp16": _ROUNDINGS,
+    "full_bf16": _ROUNDINGS,
     "deterministic": _ROUNDINGS,
     "gradient_checkpointing": _ROUNDINGS,
     "no_half_vae": _ROUNDINGS,
@@ -156,6 +159,8 @@ _MEANING = {
         ),
         _OTHER_LOSS,
     ),
+    "fused_backward_pass": _OTHER_CLIPPING,
+    "fused_optimizer_groups": _OTHER_CLIPPING,
     "optimizer_args": "but the optimizer keeps the old ones, which are in its state",
     "ema": "so the moving average of the weights begins or ends here",
 }

@@ -28,6 +28,7 @@ from library.options.validation import ValidationOptions
 from library.training import engines, events, resume
 from library.training.differences import facts
 from library.training.frozen import parts_in_8_bits
+from library.training.fused import divide_evenly
 from library.training.methods.base import Method, ParameterGroup
 from library.training.optimizers import make_optimizer, state_bytes
 from library.training.outlook import Outlook
@@ -110,10 +111,11 @@ def estimate(
 ) -> Sizes:
     """What the run takes of each process's memory from its first step on, and of the disk. No tensor needs values."""
     formats, parts, components = run.formats, {}, model.components()
+    trained_size = formats.trained.itemsize
     rounded = parts_in_8_bits(run.settings[PrecisionOptions], method, components)
     for name, component in components.items():
         dtype = formats.vae if component.module is model.vae else formats.frozen
-        parts[name] = _values(component.module) * (_FLOAT32 if method.is_trained(name) else dtype.itemsize)
+        parts[name] = _values(component.module) * (trained_size if method.is_trained(name) else dtype.itemsize)
         if name in rounded:
             parts[name] -= float8.values(component.module) * (dtype.itemsize - float8.FORMAT.itemsize)
     moved = [parameter for group in groups for parameter in group.parameters]
@@ -123,13 +125,21 @@ def estimate(
     beside = method.saved(model, trained) is trained
     return Sizes(
         parts=parts,
-        network=_FLOAT32 * _values(trained) if beside else 0,
-        gradients=_FLOAT32 * count,
+        network=trained_size * _values(trained) if beside else 0,
+        gradients=trained_size * held_at_once(run.settings[MemoryOptions], moved),
         optimizer=optimizer,
         average=average,
         saved=formats.saved.itemsize * _values(method.saved(model, trained)),
-        state=_FLOAT32 * _values(trained) + optimizer + average,
+        state=trained_size * _values(trained) + optimizer + average,
     )
+
+
+def held_at_once(options: MemoryOptions, parameters: Sequence[nn.Parameter]) -> int:
+    """How many values the gradients have that wait for each other."""
+    sets = [list(parameters)]
+    if options.fused:
+        sets = divide_evenly(sets[0], options.fused_optimizer_groups or len(parameters))
+    return max(sum(parameter.numel() for parameter in members) for members in sets)
 
 
 def _values(module: nn.Module) -> int:

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import torch
+from torch import nn
+
 from library import console
 from library.data.dataset import BatchLoader, ImageDataset, make_loader
 from library.data.plan import PlanSampler
@@ -88,7 +91,9 @@ def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches, Placement
     caching = plan_for_run(settings[CacheOptions], info, run.table, run.plans.datasets)
     placement = place(memory, settings[CacheOptions], latents=caching is not None)
     vae_device = "cpu" if placement.vae_rests and not caching.missing else None
-    model = info.load(run.formats.frozen, accelerator.device, run.formats.vae, vae_device, exact=method.is_trained)
+    formats = run.formats
+    exact = method.is_trained if formats.trained == torch.float32 else lambda component: False
+    model = info.load(formats.frozen, accelerator.device, formats.vae, vae_device, exact=exact)
     model.prediction = run.prediction
     model.read_captions(text_options(settings[ModelOptions]))
     choose_attention(settings[AttentionOptions], model, run.formats, accelerator.device)
@@ -97,7 +102,8 @@ def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches, Placement
     )
     round_to_8_bits(precision, method, model)
     seed_generators(run.seed, "first weights")
-    step = TrainingStep(model, method.build(model), model.noise_process(), settings[ObjectiveOptions])
+    trained = in_format(method.build(model), formats.trained)
+    step = TrainingStep(model, trained, model.noise_process(), settings[ObjectiveOptions])
     not_exchanged(step)
     if memory.gradient_checkpointing:
         model.enable_gradient_checkpointing(unet=True, text_encoders=method.trains_text_encoder())
@@ -107,6 +113,13 @@ def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches, Placement
     if backend is not None:
         compile_blocks(model.unet, backend)
     return step, caches, placement
+
+
+def in_format(trained: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What is trained, with its parameters in this type. Buffers are constants, which have theirs."""
+    for parameter in trained.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return trained
 
 
 def make_dataset(run: Outlook, caches: Caches) -> ImageDataset:

@@ -15,6 +15,7 @@ from library.training.outlook import Outlook
 from library.training.schedulers import make_scheduler
 from library.training.step import TrainingStep
 from library.training.stepper import Stepper
+from library.training.steppers import make_stepper
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def set_in_motion(run: Outlook, method: Method, step: TrainingStep) -> Motion:
     scheduler = make_scheduler(run.settings[SchedulerOptions], optimizer, run.progress.total_steps)
     root, prepared, groups = engines.prepare(run.accelerator, step, optimizer, groups)
     names = [group.name for group in groups]
-    stepper = Stepper(run.accelerator, root, prepared, scheduler, names, run.settings[OptimizerOptions].clip_norm)
+    stepper = make_stepper(run, root, prepared, scheduler, names)
     return Motion(root, groups, optimizer, scheduler, stepper)
 
 

@@ -1,5 +1,6 @@
 """Whether training moves what it should: a group without gradients is a run wasted, and nothing else would tell."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,21 @@ _PATIENCE = 30  # steps in which nothing at all may get a gradient: their images
 class Movement:
     """Watches the gradients of the first optimizer steps, and how far the parameters have come since the start."""
 
-    def __init__(self, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, *, resumed: bool = False):
-        """`resumed`: others have taken steps before, so that those left need not be any that can be taken."""
+    def __init__(
+        self,
+        groups: list[ParameterGroup],
+        optimizer: torch.optim.Optimizer,
+        *,
+        resumed: bool = False,
+        step: Callable[[], object] = object,
+    ):
+        """`resumed`: others have taken steps before, so that those left need not be any that can be taken. `step` tells
+        one from another where the optimizer takes them in parts.
+        """
         self.groups = groups
         self.resumed = resumed
+        self.step = step
+        self.last: object = None
         self.start = [[_sample(parameter) for parameter in group.parameters] for group in groups]
         self.taken = 0
         self.steps = [0] * len(groups)  # with a learning rate above 0
@@ -28,10 +40,12 @@ class Movement:
         self._hook = optimizer.register_step_pre_hook(self._observe)
 
     def _observe(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.taken += 1
+        step = self.step()
+        begins, self.last = step != self.last, step
+        self.taken += begins
         for i, group in enumerate(optimizer.param_groups):
             if group["lr"] > 0:
-                self.steps[i] += 1
+                self.steps[i] += begins
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         gradient = local(parameter.grad)

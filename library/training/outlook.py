@@ -34,6 +34,7 @@ from library.training.schedulers import check_length, check_scheduler
 from library.training.shared_scan import scan_together
 from library.training.state import Progress
 from library.training.states import StateFolder
+from library.training.steppers import check_stepper
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
         raise UserError(
             "--ema needs all weights in each process, which FSDP and DeepSpeed spread: leave one of them out"
         )
+    check_stepper(settings, accelerator)
     resumed = resume.agree_on_state(plans.resume)
     training = settings[TrainingOptions]
     seed = settle_seed(training.seed, resumed)

@@ -13,10 +13,11 @@ SAVED = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Precision:
-    """The precisions of a run. What is trained is kept in float32; autocast computes in `frozen`."""
+    """The precisions of a run. Autocast computes in `frozen`."""
 
     mixed: str  # accelerate's name
     frozen: torch.dtype
+    trained: torch.dtype
     vae: torch.dtype
     saved: torch.dtype
 
@@ -27,6 +28,7 @@ def choose(options: PrecisionOptions, saving: SaveOptions, mixed: str) -> Precis
     return Precision(
         mixed=mixed,
         frozen=frozen,
+        trained=frozen if options.full else torch.float32,
         vae=torch.float32 if options.no_half_vae else frozen,
         saved=SAVED.get(saving.save_precision, frozen),
     )

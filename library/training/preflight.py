@@ -25,6 +25,7 @@ from library.options.preview import PreviewOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
+from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 from library.suffixes import WEIGHTS_SUFFIXES
 from library.training import states
@@ -51,6 +52,7 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     saving, resuming, dry = settings[SaveOptions], settings[ResumeOptions], settings[RehearsalOptions].dry_run
     saves_states = saving.save_state or saving.save_state_on_train_end
     check_hub(settings[HubOptions], resuming.resume, saves_states=saves_states)
+    check_fused(settings)
     check_model(settings[ModelOptions])
     check_memory(settings)
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
@@ -158,3 +160,20 @@ def check_prompts(options: PreviewOptions) -> tuple[PromptLine, ...]:
     if wanted and options.sample_prompts is None:
         raise UserError("previews are asked for, but no prompts: give --sample_prompts a file of them")
     return () if options.sample_prompts is None else read_prompts(options.sample_prompts)
+
+
+def check_fused(settings: Settings) -> None:
+    """UserError where weights that move within the backward pass contradict other flags."""
+    fused = settings[MemoryOptions].fused
+    if fused is None:
+        return
+    if settings[TrainingOptions].gradient_accumulation_steps > 1:
+        raise UserError(
+            f"{fused} keeps no gradients that further micro-batches could add to: drop it, or "
+            "--gradient_accumulation_steps"
+        )
+    if settings[PrecisionOptions].mixed_precision == "fp16":
+        raise UserError(
+            f"{fused} moves weights before it is known whether fp16 gradients have overflowed: drop it, or use "
+            "--mixed_precision bf16"
+        )

@@ -34,6 +34,7 @@ class Provenance:
         self.settings = run.settings.flat() | {
             "seed": run.seed,
             "mixed_precision": run.formats.mixed,
+            "full_fp16": run.formats.trained == torch.float16,
             "lr_scheduler": rates.name,
             "lr_warmup_steps": rates.warmup_heard,
         }

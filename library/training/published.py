@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from library.training.methods.base import Method
+from library.training.parts import in_float32
 
 Published = Callable[[], contextlib.AbstractContextManager[None]]
 """Gives a context in which the trained tensors are those to show and save."""
@@ -32,10 +33,10 @@ def _averaged(optimizer: torch.optim.Optimizer, trained: nn.Module) -> Iterator[
     held = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     own = [parameter.detach().clone() for parameter in held]
     try:
-        optimizer.eval()
+        in_float32(optimizer, optimizer.eval)
         yield
     finally:
-        optimizer.train()  # comes back to y up to rounding only
+        in_float32(optimizer, optimizer.train)  # comes back to y up to rounding only
         with torch.no_grad():
             for parameter, data in zip(held, own, strict=True):
                 parameter.copy_(data)

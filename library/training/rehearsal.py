@@ -73,11 +73,9 @@ def rehearse(run: Outlook, method: Method, step: TrainingStep, motion: Motion, d
 def _take_step(run: Outlook, method: Method, motion: Motion, dataset: ImageDataset, plan: BatchPlan) -> None:
     """A step as it is later in the run: the optimizer has its state, and gradients wait if micro-batches add up."""
     with memory.enough_for("what the optimizer keeps", memory.STEP_ADVICE):
-        for parameter in motion.stepper.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        motion.optimizer.step()
-        if run.plan.accumulation == 1:
-            motion.optimizer.zero_grad(set_to_none=True)
+        motion.stepper.make_state()
+        if run.plan.accumulation > 1:
+            motion.stepper.fill_gradients()
     batch = dataset[plan]
     motion.root.train()
     method.on_micro_step(batch)

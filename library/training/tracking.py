@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,8 @@ class _Measured:
     """A step that is not shown yet."""
 
     step: int
-    values: LaggedCopy  # loss; of each range the sum and the number of losses; gradient norm
+    values: LaggedCopy  # loss; of each range the sum and the number of losses; gradient norm; what else is measured
+    names: list[str]  # of the latter
     info: StepInfo
     samples: list[tuple[Tensor, list[int]]]  # of this process's micro-batches: losses (B,) and records
 
@@ -46,6 +47,7 @@ class Tracker:
 
     `timesteps_of(batch)` are those it is trained at, (B,) on the CPU; `name_of(record)` is how messages call an image;
     `importance_of(timesteps)` is a factor in losses that averages of ranges have to undo, (B,) on the CPU, if any.
+    `measured()` is what is logged of a step besides, by name, as tensors of one value or numbers.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class Tracker:
         timesteps_of: Callable[[Batch], Tensor],
         name_of: Callable[[int], str],
         importance_of: Callable[[Tensor], Tensor | None] = lambda timesteps: None,
+        measured: Callable[[], Mapping[str, Tensor | float]] = dict,
     ):
         self.accelerator = accelerator
         self.log = Log(accelerator)
         self.timesteps_of = timesteps_of
         self.name_of = name_of
         self.importance_of = importance_of
+        self.measured = measured
         self.recent: deque[float] = deque(maxlen=_WINDOW)
         self.of_ranges: list[deque[tuple[float, float]]] = [deque(maxlen=_WINDOW) for _ in RANGES]  # sum and number
         self.health = Health()
@@ -130,8 +134,10 @@ class Tracker:
         self.waited = 0.0
         self.last_step = now
         self._show()
-        norm = info.gradient_norm.float().to(values.device).reshape(1)
-        self.pending = _Measured(progress.step, LaggedCopy(torch.cat([values, norm])), info, self.samples)
+        besides = self.measured()
+        singles = [torch.as_tensor(value, dtype=torch.float32) for value in (info.gradient_norm, *besides.values())]
+        values = torch.cat([values, *(to_device(single.reshape(1), values.device) for single in singles)])
+        self.pending = _Measured(progress.step, LaggedCopy(values), list(besides), info, self.samples)
         self.values, self.samples = None, []
         self.bar.update(1)
 
@@ -155,8 +161,10 @@ class Tracker:
         if self.pending is None:
             return
         measured, self.pending = self.pending, None
-        loss, *of_ranges, norm = measured.values.read()
+        loss, *rest = measured.values.read()
+        of_ranges, norm, besides = rest[: 2 * len(RANGES)], rest[2 * len(RANGES)], rest[2 * len(RANGES) + 1 :]
         logs = {"loss/current": loss, "gradient_norm": norm, **self._averages(loss, of_ranges), **self._speed()}
+        logs |= dict(zip(measured.names, besides, strict=True))
         logs |= {f"lr/{name}": rate for name, rate in measured.info.rates.items()}
         self.log.scalars(logs, measured.step)
         average = logs.get("loss/average", loss)

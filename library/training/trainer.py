@@ -42,6 +42,7 @@ def train(
             stepper.backward(losses, plan)
         tracker.add(losses, batch)
         if plan.last_micro:
+            method.before_step()
             info = stepper.step()
             progress.advance(plan)
             method.after_step(progress.step)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.data.batch import Batch
 from library.models.family import Family
@@ -75,8 +75,15 @@ class Method(ABC):
     def on_micro_step(self, batch: Batch) -> None:  # noqa: B027
         """Called before every micro-batch."""
 
+    def before_step(self) -> None:  # noqa: B027
+        """Called before every optimizer step, when its gradients are there."""
+
     def after_step(self, step: int) -> None:  # noqa: B027
         """Called after every optimizer step; `step` are done by then."""
+
+    def measured(self) -> Mapping[str, Tensor | float]:
+        """What is logged of the step just done besides, by name; tensors of one value stay where they are."""
+        return {}
 
     def rehearsed(self) -> None:  # noqa: B027
         """Called when the hooks above were called for a rehearsal: what comes next is the first micro-batch again."""

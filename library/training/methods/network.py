@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from library.data.batch import Batch
 from library.errors import UserError
@@ -27,6 +27,8 @@ from library.models.views import AttachPoints
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
 from library.training.methods.base import Method, ParameterGroup
+
+_NORMS = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
 
 
 class NetworkMethod(Method):
@@ -42,6 +44,7 @@ class NetworkMethod(Method):
         self.points: AttachPoints
         self.epoch = 0
         self.multiplier = 1.0
+        self.norms: dict[str, Tensor | float] = {}
 
     def build(self, model: Family) -> nn.Module:
         model.requires_grad_(False)
@@ -62,6 +65,10 @@ class NetworkMethod(Method):
             )
         except ValueError as error:
             raise UserError(f"--network_args: {self.options.network_module} refuses them: {error}") from error
+        if self.options.scale_weight_norms and not hasattr(self.network, "apply_max_norm_regularization"):
+            raise UserError(
+                f"--scale_weight_norms: networks of {self.options.network_module} cannot be scaled down, leave it out"
+            )
         self.network.apply_to(text_encoders, self.points.unet, self.trains_text_encoder(), self._trains_unet())
         self.network.prepare_grad_etc(text_encoders, self.points.unet)
         self.network.to(model.unet.device, torch.float32)
@@ -109,6 +116,20 @@ class NetworkMethod(Method):
         self._set_multiplier(batch.network_multiplier)
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start()
+
+    def before_step(self) -> None:
+        if hasattr(self.network, "update_grad_norms"):
+            self.network.update_grad_norms()
+
+    def after_step(self, step: int) -> None:
+        limit = self.options.scale_weight_norms
+        if limit:
+            device = next(self.network.parameters()).device
+            answer = self.network.apply_max_norm_regularization(limit, device)
+            self.norms = dict(zip(_NORMS, answer, strict=True))
+
+    def measured(self) -> Mapping[str, Tensor | float]:
+        return self.norms
 
     def rehearsed(self) -> None:
         self.epoch = 0
