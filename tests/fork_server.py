@@ -30,6 +30,7 @@ IMPORTED = (
     "library.training.launch",
     "library.training.methods.finetune",
     "library.training.methods.network",
+    "library.training.methods.textual_inversion",
     "torch.utils.tensorboard",
 )
 """What runs import."""

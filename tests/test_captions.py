@@ -1,5 +1,6 @@
 """The caption pipeline against captions made by the toolkit we replace, and its laws for any text."""
 
+import dataclasses
 import json
 import random
 from collections import Counter
@@ -10,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.captions import CaptionOptions, compose, fixed, is_dropped, varies
+from library.data.captions import CaptionOptions, compose, fixed, is_dropped, possible, varies
 from library.randomness import generator
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "captions.json"
 
 
-def draw(caption, *, seed=0, epoch=1, step=0, total_steps=100, replacements=None, **options):
+def draw(caption, *, seed=0, epoch=1, step=0, total_steps=100, templates=(), **options):
     return compose(
         caption,
         CaptionOptions(**options),
@@ -24,7 +25,7 @@ def draw(caption, *, seed=0, epoch=1, step=0, total_steps=100, replacements=None
         epoch=epoch,
         step=step,
         total_steps=total_steps,
-        replacements=replacements or {},
+        templates=templates,
     )
 
 
@@ -107,17 +108,22 @@ class TestSplitting:
         }
 
 
-class TestReplacements:
-    def test_whole_words_only_and_the_longest_first(self):
-        words = {"cat": "cat cat1", "cat toy": "toy toy1", "<x>": "<x> <x1>"}
-        assert draw("cat, cats, a cat toy, bobcat", replacements=words) == "cat cat1, cats, a toy toy1, bobcat"
-        assert draw("a<x>, <x>b", replacements=words) == "a<x> <x1>, <x> <x1>b"
-
-    def test_special_characters_are_meant_literally(self):
-        assert draw("a.b, axb, *", replacements={"a.b": r"\1", "*": "star"}) == r"\1, axb, star"
+class TestTemplates:
+    def test_one_of_them_takes_the_place_of_the_caption_whatever_its_options_are(self):
+        texts = {
+            draw("a, b", seed=seed, templates=["x", "y"], shuffle_caption=True, caption_prefix="p")
+            for seed in range(20)
+        }
+        assert texts == {"x", "y"}
 
     def test_a_dropped_caption_is_empty(self):
-        assert draw("cat", replacements={"cat": "x"}, caption_dropout_rate=1.0) == ""
+        assert draw("cat", templates=["x"], caption_dropout_rate=1.0) == ""
+
+
+def test_all_that_a_caption_may_become_is_possible():
+    options = CaptionOptions(caption_prefix="p", caption_suffix="s")
+    assert possible("a\nb", options) == "p a"
+    assert possible("a\n{b|c}", dataclasses.replace(options, enable_wildcard=True)) == "p a\n{b|c} s"
 
 
 class TestDropout:

@@ -211,6 +211,6 @@ def test_what_an_older_state_does_not_tell_is_not_said(capsys, fresh_console):
 def test_why_a_state_does_not_fit():
     problem = ValueError("x is missing")
     model = {"settings": {"train_text_encoder": True}}
-    assert what_does_not_fit(BEFORE, model, problem) == "it is of a network"
+    assert what_does_not_fit(BEFORE, model, problem) == "it is of a network, not of the model itself"
     assert what_does_not_fit(model, BEFORE, problem) == "it is of the model itself, not of a network"
     assert what_does_not_fit(BEFORE, BEFORE, problem) == what_does_not_fit({}, BEFORE, problem) == "x is missing"

@@ -270,6 +270,5 @@ def test_a_state_goes_on_and_one_of_a_network_is_refused(run, refused, train, fl
     assert stored(broken / "run.safetensors") == stored(whole / "run.safetensors")
     train(flags(tmp_path / "network", save_state_on_train_end=True, max_train_steps=2))
     message = refused(resume=tmp_path / "network")
-    assert (
-        "network/run-state is the state of something else than what these flags train (it is of a network)" in message
-    )
+    assert "network/run-state is the state of something else than what these flags train" in message
+    assert "(it is of a network, not of the model itself)" in message

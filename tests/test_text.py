@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.models.prompt_weights import BEGIN, END
-from library.models.text import TextEncoder, Tokenizer, clean, clip_tokenizer, joined, weigh
+from library.models.text import TextEncoder, Tokenizer, clean, clip_tokenizer, joined, token_report, weigh
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden/tokens.json").read_text(encoding="utf-8"))
 CONFIG = {
@@ -177,3 +177,25 @@ def test_rebuilt_buffers_are_those_of_a_fresh_encoder(tokenizer):
     ids = tokenizer(["a red circle"]).ids
     with torch.no_grad():
         assert torch.equal(loaded(ids).hidden, fresh(ids).hidden)
+
+
+class TestAddedWords:
+    def words(self, caption, **added):
+        tokenizer = Tokenizer()
+        plain = Tokenizer().words
+        tokenizer.add({"sks": [50001, 50002], "sks1": [50002], "<x>": [50003], **added})
+        return tokenizer.words(caption), plain
+
+    def test_whole_words_only_in_capitals_or_not_and_the_longest_first(self):
+        ids, plain = self.words("SKS, sksy, a sks toy's sks1 a<x>b", **{"sks toy": [50004]})
+        expected = [50001, 50002, *plain(", sksy, a"), 50004, *plain("'s"), 50002, *plain("a"), 50003, *plain("b")]
+        assert ids == expected
+
+    def test_a_word_with_a_weight_and_the_cut(self):
+        tokenizer = Tokenizer()
+        tokenizer.add({"sks": [50001, 50002]})
+        tokens = tokenizer(["a (sks:1.5) cat"], weighted=True)
+        assert tokens.ids[0, 0, 2:4].tolist() == [50001, 50002]
+        assert tokens.weights[0, 0, :6].tolist() == [1, 1, 1.5, 1.5, 1, 1]
+        report = token_report("Sks red Cat", tokenizer, length=3)
+        assert (report.count, report.cut.strip()) == (4, "Cat")

@@ -23,6 +23,7 @@ EXAMPLES = ROOT / "examples" / "miniature"
 FILE = Path(__file__).parent / "data" / "golden" / "trajectories.json"
 MODEL, MODEL_SDXL = EXAMPLES / "miniature.safetensors", EXAMPLES / "miniature_sdxl.safetensors"
 LORA = {"network_module": "networks.lora", "learning_rate": 1e-2}
+WORD = {"token_string": "sks", "init_word": "circle", "num_vectors_per_token": 2}
 # Each method: its script and what it is started with besides.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("train_network", {"pretrained_model_name_or_path": MODEL, **LORA}),
@@ -30,6 +31,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fine_tune": (
         "fine_tune",
         {"pretrained_model_name_or_path": MODEL, "train_text_encoder": True, "learning_rate": 1e-4},
+    ),
+    "textual_inversion": (
+        "train_textual_inversion",
+        {"pretrained_model_name_or_path": MODEL, "learning_rate": 1e-2, "save_model_as": "safetensors", **WORD},
     ),
 }
 COMMON = {
@@ -49,7 +54,7 @@ def record(method: str, folder: Path, train: Callable[[Sequence[str], str], Any]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     script, own = METHODS[method]
-    values = {**COMMON, **own, **_data(folder / "data", script)}
+    values = {**COMMON, **own, **data_for(script, folder / "data")}
     values |= {"output_dir": folder / "out", "logging_dir": folder / "logs"}
     words = [
         word
@@ -64,7 +69,7 @@ def record(method: str, folder: Path, train: Callable[[Sequence[str], str], Any]
     return {"losses": list(scalars(log, "loss/current").values()), "result": result, "machine": machine()}
 
 
-def _data(folder: Path, script: str) -> dict[str, Any]:
+def data_for(script: str, folder: Path) -> dict[str, Any]:
     """Six pictures, as the script wants them."""
     images = draw_pictures(folder / "1_sks shape", 6)
     if script != "fine_tune":

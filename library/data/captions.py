@@ -2,9 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
@@ -39,18 +38,21 @@ def compose(
     epoch: int = 1,
     step: int = 0,
     total_steps: int = 1,
-    replacements: Mapping[str, str] = MappingProxyType({}),
+    templates: Sequence[str] = (),
 ) -> str:
     """One drawing of a caption, a function of the arguments and of the address of `rng`, a generator not yet used.
 
     Epochs count from 1, steps from 0. In this order: prefix and suffix; whole-caption dropout; with wildcards one
     random line and `{a|b}` choices (see `_choose`), else the first line. Only shuffling, tag dropout and token warm-up
     split the caption at the separator and join it with ", "; otherwise it stays as it is written. Then the secondary
-    separator becomes the separator, and the words of `replacements` what stands for them.
+    separator becomes the separator. Of `templates`, if there are any, one takes the place of all but the dropout.
     """
     if is_dropped(options, rng=rng, epoch=epoch):
         return ""
-    choices, order, dropout = rng.spawn(3)  # one for each step, so that no option changes what another one draws
+    # one for each step, so that no option changes what another one draws
+    choices, order, dropout, template = rng.spawn(4)
+    if templates:
+        return templates[template.integers(len(templates))]
     text = _with_affixes(caption, options)
     text = _choose(_random_line(text, choices), choices) if options.enable_wildcard else _first_line(text)
     if options.shuffle_caption or options.caption_tag_dropout_rate > 0 or options.token_warmup_step > 0:
@@ -60,7 +62,7 @@ def compose(
             loose = [loose[index] for index in order.permutation(len(loose))]
         stay = dropout.random(len(loose)) >= options.caption_tag_dropout_rate
         text = ", ".join(front + [tag for tag, stays in zip(loose, stay, strict=True) if stays] + back)
-    return _replace(_with_separator(text, options), replacements)
+    return _with_separator(text, options)
 
 
 def is_dropped(options: CaptionOptions, *, rng: np.random.Generator, epoch: int) -> bool:
@@ -72,6 +74,12 @@ def is_dropped(options: CaptionOptions, *, rng: np.random.Generator, epoch: int)
 def fixed(caption: str, options: CaptionOptions) -> str:
     """The caption of every use that is not dropped, for options that leave it fixed (see `varies`)."""
     return _with_separator(_first_line(_with_affixes(caption, options)), options)
+
+
+def possible(caption: str, options: CaptionOptions) -> str:
+    """All text that uses of the caption can be made of."""
+    text = _with_affixes(caption, options)
+    return _with_separator(text if options.enable_wildcard else _first_line(text), options)
 
 
 def varies(options: CaptionOptions) -> str | None:
@@ -157,18 +165,3 @@ def _with_separator(text: str, options: CaptionOptions) -> str:
     if not options.secondary_separator:
         return text
     return text.replace(options.secondary_separator, options.caption_separator)
-
-
-def _replace(text: str, replacements: Mapping[str, str]) -> str:
-    """Whole words only, the longest that fits, all at once: what has been put in is not looked at again."""
-    if not replacements:
-        return text
-    words = sorted(replacements, key=len, reverse=True)
-    return re.sub("|".join(map(_whole_word, words)), lambda found: replacements[found[0]], text)
-
-
-def _whole_word(word: str) -> str:
-    """The pattern of a word. No letter may touch an edge that is one; an edge like those of `<cat>` stands alone."""
-    before = r"(?<!\w)" if re.match(r"\w", word[0]) else ""
-    after = r"(?!\w)" if re.match(r"\w", word[-1]) else ""
-    return before + re.escape(word) + after

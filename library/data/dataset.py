@@ -2,9 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -50,10 +49,10 @@ class ImageDataset(Dataset):
         masked_loss: bool = False,
         prior_loss_weight: float = 1.0,
         total_steps: int = 1,
-        replacements: Mapping[str, str] = MappingProxyType({}),
+        templates: Sequence[str] = (),
     ):
         """`latent_factor`: pixels per latent, each way. `masked_loss`: whether mask files are used. `total_steps`: of
-        the run, for token warm-up. `replacements`: words of captions and what stands for them.
+        the run, for token warm-up. `templates`: what is trained instead of the captions.
         """
         self.table = table
         self.datasets = datasets
@@ -63,7 +62,7 @@ class ImageDataset(Dataset):
         self.masked_loss = masked_loss
         self.prior_loss_weight = prior_loss_weight
         self.total_steps = total_steps
-        self.replacements = dict(replacements)
+        self.templates = tuple(templates)
         self._buckets = [dataset.buckets() for dataset in datasets]
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
@@ -125,7 +124,7 @@ class ImageDataset(Dataset):
             epoch=plan.epoch,
             step=plan.step,
             total_steps=self.total_steps,
-            replacements=self.replacements,
+            templates=self.templates,
         )
         return caption, None
 

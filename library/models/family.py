@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from library import console
 from library.errors import UserError
+from library.models.added_words import AddedRows
 from library.models.architecture import unet_config, vae_config
 from library.models.files.checkpoint import LazyTensors, write_tensors
 from library.models.metadata import IMPLEMENTATION_VERSION
@@ -60,6 +61,7 @@ class Family(nn.Module, ABC):
     text_layer: int  # the layer of the text encoders it was trained with, from the last (1) on
     latents_suffix: str  # end of the names of files of cached latents
     text_outputs: TextOutputs
+    embedding_names: ClassVar[tuple[str, ...]]  # of each text encoder's vectors in a file of a Textual Inversion
     pipelines: ClassVar[Mapping[int, str]]  # Diffusers' classes for it, by the number of channels that its U-Net reads
     pipeline_settings: ClassVar[Mapping[str, Any]]  # what such a class is made with besides the model
     scheduler: str  # Diffusers' class that it is published with
@@ -74,6 +76,7 @@ class Family(nn.Module, ABC):
         self.latents = self._latent_spec(vae.config, unet.config)
         self.text = TextOptions()
         self.prediction = Prediction()
+        self.own_tokenizers = tuple(self.tokenizers().values())
         self.carried: dict[str, Tensor] = {}  # tensors of the file that no module uses, written back as they came
 
     @classmethod
@@ -176,6 +179,15 @@ class Family(nn.Module, ABC):
                 "also get without the flag"
             )
         self.text = options
+
+    def add_words(self, words: Mapping[str, Sequence[int]], rows: Sequence[AddedRows]) -> None:
+        """Have words in captions read as these ids, from the vocabulary's end on, whose vectors are `rows`: one module
+        for each text encoder, which stays the caller's.
+        """
+        for tokenizer in self.own_tokenizers:
+            tokenizer.add(words)
+        for encoder, own in zip(self.text_encoders, rows, strict=True):
+            own.extend(encoder.clip.embeddings.token_embedding)
 
     def tokenize(self, tokenizer: Tokenizer, captions: Sequence[str], painting: bool) -> Tokens:
         """Captions as `text` says they are read."""

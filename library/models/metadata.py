@@ -75,15 +75,24 @@ _NETWORK_SETTINGS = {
     "text_encoder_lr": None,
     "unet_lr": None,
 }
+_EMBEDDING_SETTINGS = {
+    "init_word": None,
+    "num_vectors_per_token": 1,
+    "token_string": None,
+    "use_object_template": False,
+    "use_style_template": False,
+}
 # Dataset options that have no place of their own where `ss_datasets` lists the datasets.
 _SUBSET_SETTINGS = {"color_aug": False, "random_crop": False}
-# What a reader needs to use a network; all that is left with --no_metadata.
+# What a reader needs to use a file; all that is left with --no_metadata.
 _ESSENTIAL = (
     "ss_base_model_version",
     "ss_network_alpha",
     "ss_network_args",
     "ss_network_dim",
     "ss_network_module",
+    "ss_num_vectors_per_token",
+    "ss_token_string",
     "ss_v2",
 )
 
@@ -140,6 +149,15 @@ def network_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, st
     if settings.get("no_metadata"):
         fields = {name: fields[name] for name in _ESSENTIAL if name in fields}
     return fields | modelspec(settings, run, "lora")
+
+
+def embedding_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, str]:
+    """Everything that is written into a Textual Inversion's file; for `settings` see `network_metadata`."""
+    own = {name: settings.get(name, default) for name, default in _EMBEDDING_SETTINGS.items()}
+    fields = training_metadata(settings, run) | {f"ss_{name}": _text(value) for name, value in own.items()}
+    if settings.get("no_metadata"):
+        fields = {name: fields[name] for name in _ESSENTIAL if name in fields}
+    return fields | modelspec(settings, run, "textual-inversion")
 
 
 def training_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, str]:

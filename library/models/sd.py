@@ -32,6 +32,7 @@ class _OneTextEncoder(Family):
     default_size = 512
     text_layer = 1
     latents_suffix = "_sd.npz"
+    embedding_names = ("emb_params",)
     head_width: int | None  # of the U-Net's attention; None: 8 heads whatever their width
     # models that read the depth of a picture are not here: their pipeline needs a model that tells depths
     pipelines: ClassVar = {
@@ -47,7 +48,7 @@ class _OneTextEncoder(Family):
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: TextEncoder):
         super().__init__(unet, vae, text_encoder)
-        (self.tokenizer,) = self.tokenizers().values()
+        (self.tokenizer,) = self.own_tokenizers
 
     @classmethod
     def from_configs(

@@ -41,6 +41,7 @@ class StableDiffusionXL(Family):
     default_size = 1024
     text_layer = 2
     latents_suffix = "_sdxl.npz"
+    embedding_names = ("clip_l", "clip_g")
     text_outputs = TextOutputs(
         "_te_outputs.npz",
         {name: name for name in ("hidden_state1", "hidden_state2", "pool2")},
@@ -68,7 +69,7 @@ class StableDiffusionXL(Family):
         text_encoder_2: TextEncoder,
     ):
         super().__init__(unet, vae, text_encoder, text_encoder_2)
-        self.tokenizer, self.tokenizer_2 = self.tokenizers().values()
+        self.tokenizer, self.tokenizer_2 = self.own_tokenizers
 
     @classmethod
     def from_configs(

@@ -19,7 +19,7 @@ from library.models.prompt_weights import BEGIN, CHUNK, END, chunks, split_weigh
 from library.transfer import to_device
 
 _VOCABULARY = Path(__file__).parent / "data" / "bpe_simple_vocab_16e6.txt.gz"
-_VOCABULARY_SIZE = 49408
+VOCABULARY_SIZE = 49408
 
 _FULL_AND_HALF_WIDTH = range(0xFF01, 0xFFF0)
 _LIGATURES = (*range(0xFB00, 0xFB07), 0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4))
@@ -59,7 +59,7 @@ def _byte_symbols() -> list[str]:
 def _merges() -> tuple[tuple[str, str], ...]:
     lines = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").split("\n")
     # the first line is a heading; the file goes on beyond what CLIP uses
-    count = _VOCABULARY_SIZE - 2 * 256 - 2
+    count = VOCABULARY_SIZE - 2 * 256 - 2
     return tuple(tuple(line.split()) for line in lines[1 : 1 + count])
 
 
@@ -69,7 +69,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     merges = list(_merges())
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    assert len(tokens) == _VOCABULARY_SIZE
+    assert len(tokens) == VOCABULARY_SIZE
     assert tokens.index("<|startoftext|>") == BEGIN
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=CHUNK + 2
@@ -90,6 +90,13 @@ class TextOptions:
     """Whether captions are filled up to the token length; else only to the longest of a batch. Needs one pass."""
 
 
+def _whole_word(word: str) -> str:
+    """The pattern of a word. No letter may touch an edge that is one; an edge like those of `<cat>` stands alone."""
+    before = r"(?<!\w)" if re.match(r"\w", word[0]) else ""
+    after = r"(?!\w)" if re.match(r"\w", word[-1]) else ""
+    return before + re.escape(word) + after
+
+
 class Tokens(NamedTuple):
     """Captions as encoders take them, on the CPU; n chunks of 75 tokens each."""
 
@@ -105,10 +112,37 @@ class Tokenizer:
     def __init__(self, pad: int = END):
         self.pad = pad
         self.backend = clip_tokenizer()
+        self.added: dict[str, tuple[int, ...]] = {}
+        """Words with ids of their own, as `clean` leaves them."""
+
+    def add(self, words: Mapping[str, Sequence[int]]) -> None:
+        """Have these words read as the ids given, in capitals or not, wherever they stand as whole words."""
+        self.added |= {clean(word): tuple(ids) for word, ids in words.items()}
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self._added = re.compile("|".join(map(_whole_word, longest_first)))
+
+    def holds_added(self, caption: str) -> bool:
+        """Whether an added word is in the caption."""
+        return bool(self.added) and self._added.search(clean(caption)) is not None
 
     def words(self, caption: str) -> list[int]:
         """The caption's own ids, however many, without begin, end and padding."""
-        return self.backend(clean(caption), add_special_tokens=False)["input_ids"]
+        if not self.holds_added(caption):
+            return self.backend(clean(caption), add_special_tokens=False)["input_ids"]
+        return [id for id, _ in self.located(clean(caption))]
+
+    def located(self, cleaned: str) -> list[tuple[int, int]]:
+        """The ids of a cleaned caption, and where in it each begins."""
+        found, done = [], 0
+        for match in self._added.finditer(cleaned) if self.added else ():
+            found += self._located(cleaned[done : match.start()], done)
+            found += [(id, match.start()) for id in self.added[match[0]]]
+            done = match.end()
+        return found + self._located(cleaned[done:], done)
+
+    def _located(self, text: str, start: int) -> list[tuple[int, int]]:
+        read = self.backend(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [(id, start + place) for id, (place, _) in zip(read["input_ids"], read["offset_mapping"], strict=True)]
 
     def weighted_words(self, caption: str) -> tuple[list[int], list[float]]:
         """The same and their weights; what gives the weights has no ids."""
@@ -175,10 +209,10 @@ def token_report(caption: str, tokenizer: Tokenizer, length: int = CHUNK, weight
 
 def _piece_report(text: str, tokenizer: Tokenizer, length: int) -> TokenReport:
     cleaned = clean(text)
-    places = tokenizer.backend(cleaned, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    places = [place for _, place in tokenizer.located(cleaned)]
     if len(places) <= length:
         return TokenReport(len(places), None)
-    start = places[length][0]
+    start = places[length]
     seen, rest = cleaned[:start].rstrip(), cleaned[start:].lstrip()
     # cleaning a beginning of the caption gives a beginning of the cleaned caption, the longer the longer
     cut = text[bisect_left(range(len(text)), len(seen), key=lambda end: len(clean(text[:end]))) :]

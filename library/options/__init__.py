@@ -25,6 +25,7 @@ from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
 from library.options.scheduler import SchedulerOptions
 from library.options.sdxl import SdxlOptions
+from library.options.textual_inversion import TextualInversionOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 
@@ -83,6 +84,7 @@ __all__ = [
     "SchedulerOptions",
     "SdxlOptions",
     "Settings",
+    "TextualInversionOptions",
     "TrainingOptions",
     "ValidationOptions",
     "option",

@@ -79,7 +79,15 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
         settings[PreviewOptions], run.plans.prompts, run.target, step, published, tracker, run.accelerator
     )
     validator = make_validator(
-        settings, run.info, step, run.table, run.plans.datasets, caches, published, run.accelerator
+        settings,
+        run.info,
+        step,
+        run.table,
+        run.plans.datasets,
+        caches,
+        published,
+        run.accelerator,
+        method.templates(),
     )
     validate = Validate(settings[ValidationOptions], validator, tracker)
     timesteps = step.objective.timesteps

@@ -27,6 +27,7 @@ from library.options.preview import PreviewOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
+from library.options.textual_inversion import TextualInversionOptions
 from library.options.validation import ValidationOptions
 from library.training import engines
 from library.training.logs import Continued
@@ -93,6 +94,7 @@ _OTHER_AIM = "so the model is trained towards something else than before"
 _OTHER_NOISE = "so noise is drawn in another way from here on"
 _OTHER_TIMESTEPS = "so other timesteps are trained from here on"
 _OTHER_LOSS = "so losses do not compare with those of before"
+_HAS_BEGUN = "which has no effect: the vectors go on as they are in the state"
 _ROUNDED = "so roundings differ from those of a run without a break"
 _FROZEN = "so what is trained meets frozen weights that are rounded otherwise from here on"
 _OTHER_CLIPPING = "so gradients are clipped in other parts from here on, unless --max_grad_norm is 0"
@@ -162,6 +164,11 @@ _MEANING = {
     "fused_backward_pass": _OTHER_CLIPPING,
     "fused_optimizer_groups": _OTHER_CLIPPING,
     "optimizer_args": "but the optimizer keeps the old ones, which are in its state",
+    "token_string": _READ_OTHERWISE,
+    "use_object_template": _READ_OTHERWISE,
+    "use_style_template": _READ_OTHERWISE,
+    "init_word": _HAS_BEGUN,
+    "weights": _HAS_BEGUN,
     "ema": "so the moving average of the weights begins or ends here",
 }
 _FACTS = {
@@ -254,12 +261,19 @@ def say_differences(before: Mapping[str, Any], now: Mapping[str, Any], step: int
 
 def what_does_not_fit(before: Mapping[str, Any], now: Mapping[str, Any], problem: ValueError) -> str:
     """Why a state is not of what is trained: in the words of flags if their values differ, else the `problem`."""
-    kinds = [facts.get("settings", {}).keys() & {"network_module"} for facts in (before, now)]
+    kinds = [_kind(facts.get("settings", {})) for facts in (before, now)]
     if before and kinds[0] != kinds[1]:
-        return "it is of a network" if kinds[0] else "it is of the model itself, not of a network"
-    own = {option.name for option in options_of(NetworkOptions)}
+        return f"it is of {kinds[0]}, not of {kinds[1]}"
+    own = {option.name for group in (NetworkOptions, TextualInversionOptions) for option in options_of(group)}
     differing = sorted(_changed_settings(before, now) & own)
     return ", ".join(_difference(name, before, now) for name in differing) or str(problem)
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    """What a run of these settings trains."""
+    if "token_string" in settings:
+        return "a new word"
+    return "a network" if "network_module" in settings else "the model itself"
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:

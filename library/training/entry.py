@@ -37,6 +37,17 @@ def fine_tune(description: str) -> None:
     _train(description, options.FineTuneOptions, method, sdxl=False, counterpart=counterpart, kinds=kinds)
 
 
+def textual_inversion(description: str, *, sdxl: bool, counterpart: str) -> None:
+    """Learn the vectors of a new word of SDXL models' or of all others'; `counterpart` is the script for those."""
+
+    def method(settings: options.Settings) -> "Method":
+        from library.training.methods.textual_inversion import TextualInversion
+
+        return TextualInversion(settings[options.TextualInversionOptions], settings[options.OptimizerOptions])
+
+    _train(description, options.TextualInversionOptions, method, sdxl=sdxl, counterpart=counterpart)
+
+
 def _train(
     description: str,
     own: type,

@@ -11,11 +11,14 @@ from library.options.dataset import DatasetOptions
 from library.options.model import ModelOptions
 from library.options.saving import SaveOptions
 from library.options.training import TrainingOptions
+from library.training.methods.base import Method
 from library.training.preflight import Plans
 from library.training.text_caching import text_options
 
 
-def show_dataset(settings: Settings, plans: Plans, info: ModelInfo, table: RecordTable, run: RunPlan) -> None:
+def show_dataset(
+    settings: Settings, plans: Plans, info: ModelInfo, table: RecordTable, run: RunPlan, method: Method
+) -> None:
     """Write a page of pictures and captions as they are trained on into the output folder, and print its path."""
     if console.rank():
         return
@@ -23,6 +26,8 @@ def show_dataset(settings: Settings, plans: Plans, info: ModelInfo, table: Recor
     # one process that sees in each step what all of the run's see together
     plan = RunPlan(table, plans.datasets, seed=run.seed, accumulation=run.accumulation * run.world)
     tokenizers, text = info.family.tokenizers(), text_options(settings[ModelOptions])
+    for tokenizer in tokenizers.values():
+        method.add_words(tokenizer)
 
     def count_tokens(caption: str) -> dict[str, tuple[int, str]]:
         reports = {
@@ -39,5 +44,6 @@ def show_dataset(settings: Settings, plans: Plans, info: ModelInfo, table: Recor
         count_tokens,
         total_steps=training.total_steps(plan.steps_per_epoch),
         masked_loss=settings[DatasetOptions].masked_loss,
+        templates=method.templates(),
     )
     print(f"what is trained on is shown in {page}")

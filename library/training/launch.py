@@ -59,13 +59,13 @@ def launch(settings: Settings, plans: Plans, method: Method, script: Script) -> 
         run.accelerator.end_training()
         return 0
     if settings[DatasetOptions].debug_dataset:
-        show_dataset(settings, plans, run.info, run.table, run.plan)
+        show_dataset(settings, plans, run.info, run.table, run.plan, method)
         return 0
     step, caches, placement = build(run, method)
     motion = set_in_motion(run, method, step)
     if not engines.spreads(run.accelerator):
         placement.rest(step.model)  # engines bring everything to the device
-    dataset = make_dataset(run, caches)
+    dataset = make_dataset(run, method, caches)
     if not (settings[RehearsalOptions].no_rehearsal or run.progress.finished):
         rehearse(run, method, step, motion, dataset)
     loader = load_batches(run, dataset)
@@ -122,7 +122,7 @@ def in_format(trained: nn.Module, dtype: torch.dtype) -> nn.Module:
     return trained
 
 
-def make_dataset(run: Outlook, caches: Caches) -> ImageDataset:
+def make_dataset(run: Outlook, method: Method, caches: Caches) -> ImageDataset:
     """What makes a plan of the run's a batch."""
     return ImageDataset(
         run.table,
@@ -133,6 +133,7 @@ def make_dataset(run: Outlook, caches: Caches) -> ImageDataset:
         masked_loss=run.settings[DatasetOptions].masked_loss,
         prior_loss_weight=run.settings[TrainingOptions].prior_loss_weight,
         total_steps=run.progress.total_steps,
+        templates=method.templates(),
     )
 
 

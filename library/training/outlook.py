@@ -79,6 +79,7 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
     training = settings[TrainingOptions]
     seed = settle_seed(training.seed, resumed)
     table = scan_together(plans.datasets, accelerator)
+    method.check_captions(table, plans.datasets)
     check_buckets(table, plans.datasets, info.latents.step)
     settings[ValidationOptions].check(bool(table.validation.any()))
     settings[ValidationOptions].note_unused(bool(table.validation.any()))

@@ -177,10 +177,12 @@ def make_validator(
     caches: Caches,
     published: Published,
     accelerator: Accelerator,
+    templates: Sequence[str] = (),
 ) -> Validator:
     """For the images that are held out, maybe none. Encodes them now where their latents are not cached.
 
-    `published` gives a context in which the weights are those to be measured.
+    `templates` take the place of their captions. `published` gives a context in which the weights are those to be
+    measured.
     """
     datasets = [steady(dataset) for dataset in datasets]
     batches = held_out_batches(table, datasets, settings[ValidationOptions].max_validation_steps)
@@ -194,6 +196,7 @@ def make_validator(
         caches.text,
         latent_factor=info.latents.factor,
         masked_loss=settings[DatasetOptions].masked_loss,
+        templates=templates,
     )
     return Validator(step, dataset, batches, published, accelerator)
 

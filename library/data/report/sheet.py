@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,7 @@ class _Sheet:
     count_tokens: CountTokens
     total_steps: int
     masked_loss: bool
-    replacements: Mapping[str, str]
+    templates: Sequence[str]
 
     def subset(self, record: Record) -> SubsetConfig:
         return self.datasets[record.dataset].subsets[record.subset]
@@ -76,7 +75,7 @@ def write_sheet(
     limit: int = 200,
     epochs: int = 3,
     masked_loss: bool = False,
-    replacements: Mapping[str, str] = MappingProxyType({}),
+    templates: Sequence[str] = (),
 ) -> Path:
     """Writes `index.html`, `dataset.json` and `pictures/` into `folder` and returns the path of the page.
 
@@ -85,7 +84,7 @@ def write_sheet(
     one of several sees a part of the images only. Raises UserError if `folder` cannot be written.
     """
     buckets = [dataset.buckets() for dataset in datasets]
-    sheet = _Sheet(folder, table, datasets, buckets, count_tokens, total_steps, masked_loss, replacements)
+    sheet = _Sheet(folder, table, datasets, buckets, count_tokens, total_steps, masked_loss, templates)
     epochs = max(1, min(epochs, -(-total_steps // plan.steps_per_epoch)))
     chosen = choose(table, limit)
     summary = summarise(table, datasets, plan)
@@ -206,7 +205,7 @@ def _drawing(sheet: _Sheet, record: Record, use: _Use) -> dict[str, Any]:
         epoch=use.epoch,
         step=use.step,
         total_steps=sheet.total_steps,
-        replacements=sheet.replacements,
+        templates=sheet.templates,
     )
     tokens = {name: {"count": count, "cut": cut} for name, (count, cut) in sheet.count_tokens(caption).items()}
     return {"epoch": use.epoch, "step": use.step, "caption": caption, "tokens": tokens}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ _PASSED_OVER = (
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
 )
+
+_PARAMETERS = "torch.nn.modules.container.ParameterDict"
 
 # The classes by which files name number formats; newer formats have none and name themselves.
 _STORAGES = {
@@ -56,6 +59,16 @@ class _PassedOver:
         pass
 
 
+class _Parameters:
+    """Stands for a torch.nn.ParameterDict, in which older files of Textual Inversions keep their vectors."""
+
+    tensors: Mapping[str, Tensor] = MappingProxyType({})
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict) and isinstance(state.get("_parameters"), dict):
+            self.tensors = state["_parameters"]
+
+
 class PickledFile(HeldTensors):
     """An open file of `torch.save`; tensors come off the disk when they are asked for, except in files of PyTorch 1.5
     and older, which are read at once. UserError if it is damaged or would run code.
@@ -66,8 +79,8 @@ class PickledFile(HeldTensors):
         self.metadata = {}
         self._mapped: set[tuple[int, int]] = set()  # addresses and sizes of what lies in the mapped file
         content = _load(path, self._mapped if _can_be_mapped(path) else None)
-        while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
+        while isinstance(content, dict) and (inner := _inner(content)) is not None:
+            content = inner
         entries = content.items() if isinstance(content, dict) else ()
         self._tensors = {
             key: value.detach() for key, value in entries if isinstance(key, str) and isinstance(value, Tensor)
@@ -91,6 +104,16 @@ class PickledFile(HeldTensors):
             if archive.testzip() is None:
                 return
         raise UserError(f"{self.path} is damaged: its contents do not have the checksums beside them, copy it again")
+
+
+def _inner(content: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
+    """The tensors of a model beside which other things are kept, or those of a Textual Inversion of the web UI."""
+    for name in ("state_dict", "string_to_param"):
+        inner = content.get(name)
+        inner = inner.tensors if isinstance(inner, _Parameters) else inner
+        if isinstance(inner, Mapping):
+            return inner
+    return None
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -118,7 +141,8 @@ def _load(path: Path, mapped: set[tuple[int, int]] | None) -> Any:
         return storage  # wherever it was when it was saved
 
     try:
-        with torch.serialization.safe_globals([(_PassedOver, name) for name in _PASSED_OVER]):
+        stand_ins = [(_PassedOver, name) for name in _PASSED_OVER] + [(_Parameters, _PARAMETERS)]
+        with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location=stay, weights_only=True, mmap=mapped is not None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from library.data.batch import Batch
+from library.data.config import DatasetConfig
+from library.data.records import RecordTable
 from library.models.family import Family
 from library.models.metadata import RunFacts
 from library.models.registry import ModelInfo
+from library.models.text import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ class Method(ABC):
         """Called first of all, with the model to start from and the final `stem`, before anything is loaded. UserError
         if `save` could not write there.
         """
+
+    def check_captions(self, table: RecordTable, datasets: Sequence[DatasetConfig]) -> None:  # noqa: B027
+        """Called with what is trained on, before anything is loaded. UserError if it cannot be learned from."""
+
+    def templates(self) -> tuple[str, ...]:
+        """What is trained instead of the captions, one of these drawn for each use; nothing where captions count."""
+        return ()
+
+    def add_words(self, tokenizer: Tokenizer) -> None:  # noqa: B027
+        """Have a tokenizer read captions as the model does once it is built."""
 
     def saved(self, model: Family, trained: nn.Module) -> nn.Module:
         """What the tensors that `save` writes belong to: the model, or what `build` made."""

@@ -1,0 +1,217 @@
+"""train_textual_inversion.py and its SDXL sibling: a word is learned, saved, loaded again and painted with."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from library.errors import UserError
+from library.generation.paint import paint
+from library.generation.prompts import parse_line
+from library.generation.samplers import make_scheduler
+from library.models.added_words import AddedRows, first_rows, read_embedding
+from library.models.files.checkpoint import open_weights
+from library.models.registry import load_model
+from library.models.text import VOCABULARY_SIZE, Tokenizer
+from library.options import OptimizerOptions, TextualInversionOptions
+from library.training.methods.textual_inversion import TextualInversion
+from tests.lives import assert_same
+from tests.pipelines import picture_of, pipeline_of, pixels
+from tests.tiny import draw_pictures
+
+WORD = {"network_module": None, "token_string": "sks", "init_word": "red circle", "num_vectors_per_token": 3}
+SCRIPTS = {"sd1": "train_textual_inversion", "sd2": "train_textual_inversion", "sdxl": "sdxl_train_textual_inversion"}
+WIDTHS = {"sd1": {"emb_params": 64}, "sd2": {"emb_params": 64}, "sdxl": {"clip_l": 32, "clip_g": 64}}
+LINE = "a big sks, red --n blue --w 32 --h 48 --s 4 --l 5 --d 3"
+
+
+@pytest.fixture
+def learn(train, flags, model_files):
+    """`learn(folder, family, **changes)` learns a word of three vectors and returns the file of it."""
+
+    def run(folder: Path, family: str = "sd1", **changes: object) -> Path:
+        changes = {"pretrained_model_name_or_path": model_files(family), "learning_rate": 0.05, **WORD, **changes}
+        train(flags(folder, **changes, v2=True if family == "sd2" else None), script=SCRIPTS[family])
+        return folder / f"run.{changes.get('save_model_as', 'pt')}"
+
+    return run
+
+
+def knowing(model, file: Path):
+    """The model with the word of a file, as --weights reads it."""
+    options = TextualInversionOptions(token_string="sks", num_vectors_per_token=3, weights=str(file))
+    model.words = TextualInversion(options, OptimizerOptions(learning_rate=1.0)).build(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("family", "kind"), [("sd1", "pt"), ("sd2", "safetensors"), ("sdxl", "safetensors")])
+def test_a_learned_word_is_the_same_in_previews_in_its_file_and_in_diffusers(
+    learn, model_files, tmp_path, family, kind
+):
+    (tmp_path / "prompts.txt").write_text(LINE)
+    previews = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 6}
+    file = learn(tmp_path, family, save_model_as=kind, max_train_steps=6, **previews)
+    tensors = load_file(file) if kind == "safetensors" else torch.load(file, weights_only=True)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        name: (3, width) for name, width in WIDTHS[family].items()
+    }
+    request = parse_line(LINE)
+    plain = pixels(paint(load_model(model_files(family)), request))
+    ours = pixels(paint(knowing(load_model(model_files(family)), file), request))
+    (preview,) = (tmp_path / "sample").glob("run_000006_00_*.png")
+    assert np.abs(pixels(Image.open(preview)) - ours).max() <= 1
+    assert np.abs(ours - plain).mean() > 2, "the word must be seen for its picture to be compared"
+
+    model = load_model(model_files(family))
+    pipeline = pipeline_of(model, make_scheduler("ddim", model.noise_process()))
+    if family == "sdxl":
+        for number, name in (("", "clip_l"), ("_2", "clip_g")):
+            encoder, tokenizer = (getattr(pipeline, f"{part}{number}") for part in ("text_encoder", "tokenizer"))
+            pipeline.load_textual_inversion(tensors[name], token="<word>", text_encoder=encoder, tokenizer=tokenizer)
+    else:
+        pipeline.load_textual_inversion(str(file), token="<word>")
+    theirs = picture_of(pipeline, parse_line(LINE.replace("sks", "<word>")))
+    assert np.abs(ours - theirs).mean() < 0.2
+
+
+def test_the_file_tells_what_it_is(learn, tmp_path):
+    with open_weights(learn(tmp_path, save_model_as="safetensors", max_train_steps=1, save_precision="fp16")) as file:
+        file.verify()
+        told, dtype = file.metadata, file.dtype("emb_params")
+    assert dtype == torch.float16
+    assert told["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
+    assert told["ss_token_string"] == "sks"
+    assert told["ss_num_vectors_per_token"] == "3"
+    assert told["ss_max_train_steps"] == "1"
+
+
+def test_checkpointing_changes_nothing_and_the_average_is_saved_beside(learn, tmp_path):
+    options = {"save_model_as": "safetensors", "optimizer_args": ("weight_decay=0.1",), "weighted_captions": True}
+    options |= {"max_token_length": 150, "clip_skip": 1, "ema": True, "max_train_steps": 3}
+    first = learn(tmp_path / "a", **options, init_word=None)
+    again = learn(tmp_path / "b", **options, init_word=None, gradient_checkpointing=True)
+    rows, other = (load_file(file)["emb_params"] for file in (first, again))
+    assert torch.allclose(rows, other, atol=1e-4)
+    average = load_file(tmp_path / "a" / "run-ema.safetensors")["emb_params"]
+    assert (rows != average).any(dim=1).all()
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(life):
+    changes = WORD | {
+        "max_train_steps": 4,
+        "save_model_as": "safetensors",
+        "ema": True,
+        "optimizer_args": "weight_decay=0.1",
+    }
+    whole, broken = (life(name, "train_textual_inversion", **changes) for name in ("whole", "broken"))
+    assert whole.go_on().status == 0
+    assert broken.go_on(when=[("00000002-state", 9)], slow=0.1).status == -9
+    ended = broken.go_on(["--init_word=square"])
+    assert ended.status == 0
+    assert "--init_word is square and was red circle, which has no effect" in ended.said
+    assert_same(whole, broken)
+    other = broken.go_on(["--num_vectors_per_token=2", "--max_train_steps=5"])
+    assert other.status == 2
+    assert "--num_vectors_per_token is 2 and was 3" in other.said
+
+
+def test_captions_without_the_word_are_counted_and_named(learn, tmp_path, capsys):
+    images = draw_pictures(tmp_path / "data" / "1_shape", 4)
+    names = sorted(images.glob("*.txt"))
+    names[0].write_text("a sksish circle")
+    names[2].write_text("a circle\na sks circle")  # the second line is not used
+    data = {"train_data_dir": tmp_path / "data", "max_train_steps": 1}
+    learn(tmp_path / "out", **data)
+    assert "2 of 4 captions are without sks" in capsys.readouterr().err
+    for file in names:
+        file.write_text("a circle")
+    with pytest.raises(SystemExit):
+        learn(tmp_path / "out", **data)
+    assert "sks is in no caption" in capsys.readouterr().err
+    learn(tmp_path / "out", **data, use_style_template=True)
+    assert "captions are not used" in capsys.readouterr().err
+
+
+def test_the_page_of_the_dataset_shows_templates_and_counts_the_vectors(learn, tmp_path):
+    learn(tmp_path, debug_dataset=True, use_object_template=True)
+    facts = json.loads((tmp_path / "run_dataset" / "dataset.json").read_text())
+    drawings = [
+        drawing
+        for subset in facts["subsets"]
+        for bucket in subset["buckets"]
+        for card in bucket["cards"]
+        for drawing in card["drawings"]
+    ]
+    assert len({drawing["caption"] for drawing in drawings}) > 3
+    plain, text = Tokenizer(), [drawing["caption"] for drawing in drawings]
+    assert all("sks" in caption for caption in text)
+    # sks is one of CLIP's own tokens, and three here
+    counts = [len(plain.words(caption)) + 2 for caption in text]
+    assert [drawing["tokens"]["CLIP-L"]["count"] for drawing in drawings] == counts
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"token_string": "circle"}, "--token_string: circle is in the model's vocabulary already"),
+        ({"token_string": None}, "give --token_string one that the model does not know"),
+        ({"token_string": "a,b"}, "'a,b' has ',' in it"),
+        ({"init_word": " "}, "--init_word: there is no word in ' '"),
+        ({"use_object_template": True, "use_style_template": True}, "drop one of them"),
+        ({"cache_text_encoder_outputs": True}, "drop --cache_text_encoder_outputs"),
+        ({"weights": "nowhere.pt"}, "--weights: nowhere.pt is no file"),
+        ({"learning_rate": 0}, "--learning_rate is 0"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_in_a_sentence(learn, tmp_path, capsys, changes, sentence):
+    with pytest.raises(SystemExit) as end:
+        learn(tmp_path, **changes)
+    assert end.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_an_init_word_of_another_length_is_repeated_or_cut(learn, tmp_path, capsys, model_file):
+    known = load_model(model_file).text_encoders[0].clip.embeddings.token_embedding.weight
+    tokenizer = load_model(model_file).own_tokenizers[0]
+    words = tokenizer.words("red circle square")
+    assert torch.equal(first_rows(torch.nn.Embedding.from_pretrained(known), words, 5), known[[*words, *words[:2]]])
+    learn(tmp_path, init_word="red circle square", num_vectors_per_token=2, max_train_steps=1)
+    assert "--init_word red circle square has 3 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["tensor", "parameters"])
+def test_the_web_uis_files_are_read(tmp_path, kind):
+    vectors = torch.randn(2, 64)
+    inside = {"*": vectors} if kind == "tensor" else torch.nn.ParameterDict({"*": torch.nn.Parameter(vectors)})
+    content = {"string_to_token": {"*": 265}, "string_to_param": inside, "name": "sks", "step": 100}
+    torch.save(content | {"sd_checkpoint": None, "sd_checkpoint_name": None}, tmp_path / "sks.pt")
+    assert torch.equal(read_embedding(tmp_path / "sks.pt", {"emb_params": 64})["emb_params"], vectors)
+
+
+def test_files_for_other_models_are_refused(tmp_path):
+    save_file({"emb_params": torch.zeros(2, 32)}, tmp_path / "small.safetensors")
+    with pytest.raises(UserError, match="have 32 values, and those of this model have 64"):
+        read_embedding(tmp_path / "small.safetensors", {"emb_params": 64})
+    with pytest.raises(UserError, match="there should be clip_l and clip_g in it"):
+        read_embedding(tmp_path / "small.safetensors", {"clip_l": 32, "clip_g": 64})
+    options = TextualInversionOptions(token_string="sks", weights=str(tmp_path / "small.safetensors"))
+    with pytest.raises(UserError, match="has 2 vectors, not 1: give --num_vectors_per_token 2"):
+        TextualInversion(options, OptimizerOptions())._read({"emb_params": 32})
+
+
+def test_new_rows_are_looked_up_behind_the_table_and_alone_get_gradients():
+    table = torch.nn.Embedding(VOCABULARY_SIZE, 4)
+    rows, plain = AddedRows(torch.ones(2, 4)), table.weight.detach().clone()
+    rows.extend(table.requires_grad_(False))
+    vectors = table(torch.tensor([[3, VOCABULARY_SIZE + 1, 5]]))
+    assert torch.equal(vectors[0], torch.stack([plain[3], torch.ones(4), plain[5]]))
+    vectors.sum().backward()
+    assert rows.rows.grad.tolist() == [[0.0] * 4, [1.0] * 4]
+    rows.rows.grad = None
+    table(torch.tensor([[3, 5]])).sum().backward()
+    assert not rows.rows.grad.any()
+    assert list(table.state_dict()) == ["weight"]
