@@ -119,8 +119,8 @@ def test_a_script_has_its_own_defaults(capsys):
         (["--text_encoder_lr", "1", "x"], "--text_encoder_lr: 'x' is not a number"),
         (
             ["--optimizer_type", "Prodigal"],
-            "--optimizer_type: Prodigal is not available, choose AdamW, AdamW8bit, Prodigy or AdamWScheduleFree, did "
-            "you mean Prodigy?",
+            "--optimizer_type: Prodigal is none of those in --help, no class of torch.optim, and not written as "
+            "module.Class, did you mean Prodigy?",
         ),
         (
             ["--ema_decay", "1"],

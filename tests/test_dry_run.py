@@ -24,7 +24,7 @@ SAVING = {
     "ema": True,
 }
 # Whatever an optimizer keeps, per value of a tensor that is not small.
-KEPT = {"AdamW": 8, "AdamW8bit": 2, "Prodigy": 16, "AdamWScheduleFree": 8}
+KEPT = {"AdamW": 8, "AdEMAMix8bit": 3, "Prodigy": 16, "AdamWScheduleFree": 8}
 
 
 @pytest.fixture
@@ -115,10 +115,10 @@ def test_a_place_that_cannot_be_written_shows(place, flags, train, tmp_path, cap
 
 
 def test_mistakes_that_need_the_optimizer_show(flags, train, tmp_path, capsys, no_weights):
-    words = flags(tmp_path, optimizer_type="Prodigy", unet_lr=1, text_encoder_lr=0.5, dry_run=True)
+    words = flags(tmp_path, optimizer_type="Muon", dry_run=True)
     with pytest.raises(SystemExit, match="2"):
         train(words)
-    assert "finds one learning rate for all parts" in capsys.readouterr().err
+    assert "--optimizer_type Muon cannot be used: Muon only supports 2D parameters" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -153,7 +153,8 @@ def test_sizes_are_those_of_a_run(optimizer, flags, train, tmp_path, sizes):
     files = json.loads((tmp_path / "run-state" / "state.json").read_text())["files"]
     # Prodigy keeps no copy of weights that start at 0, as half of a LoRA's do
     assert found.state == pytest.approx(sum(files.values()), rel=0.15 if optimizer == "Prodigy" else 0.06)
-    assert found.optimizer == pytest.approx(KEPT[optimizer] * found.gradients / 4, rel=0.04)
+    around = 0.07 if "8bit" in optimizer else 0.01  # which need scales and tables besides
+    assert found.optimizer == pytest.approx(KEPT[optimizer] * found.gradients / 4, rel=around)
 
 
 def test_weights_count_in_their_precision(flags, tmp_path, sizes, model_file):

@@ -267,8 +267,8 @@ def test_to_disk_switches_its_cache_on():
 @pytest.mark.parametrize(
     ("group", "values", "sentence"),
     [
-        (OptimizerOptions, {"optimizer_type": "Lion"}, "--optimizer_type: Lion is not available, choose AdamW"),
-        (OptimizerOptions, {"optimizer_type": "AdamX"}, "did you mean AdamW"),
+        (OptimizerOptions, {"optimizer_type": "my.Own()"}, r"--optimizer_type: my.Own\(\) is none of those in --help"),
+        (OptimizerOptions, {"optimizer_type": "AdamX"}, "did you mean Adam"),
         (
             SchedulerOptions,
             {"lr_scheduler": "cosin"},

@@ -227,7 +227,7 @@ def test_packed_values_come_back_as_they_were():
         "groups": OrderedDict(lr=1e-30, name=None, on=True, list=[1, "a", [2.5]]),
         "nan": float("inf"),
         "half": torch.tensor([0.1, -0.0], dtype=torch.bfloat16),
-        "numpy": np.float32(0.5),
+        "numpy": [np.float32(0.1), np.float64(0.1), np.int64(3)],
     }
     packed = json.loads(json.dumps(pack(value, tensors, "optimizer")))
     assert set(tensors) == {"optimizer.state.0.step", "optimizer.half"}
@@ -237,6 +237,7 @@ def test_packed_values_come_back_as_they_were():
         content.pop("half")
     assert back == value
     assert isinstance(back["state"][0]["betas"], tuple)
+    assert list(map(type, back["numpy"])) == [np.float32, np.float64, np.int64]
     with pytest.raises(TypeError, match=r"optimizer\.what holds a object"):
         pack({"what": object()}, {}, "optimizer")
 
@@ -293,7 +294,7 @@ def test_a_state_of_version_1_is_understood(tmp_path, train, flags, monkeypatch,
     assert "anew" not in message
     assert "learning rate" not in message
     assert json.loads((tmp_path / "out/run-state/objects.json").read_text())["objects"].keys() == {
-        "optimizer", "scheduler", "method", "tracker", "saver", "validation", "provenance", "ema",
+        "optimizer", "scheduler", "method", "timesteps", "tracker", "saver", "validation", "provenance", "ema",
     }  # fmt: skip
 
 

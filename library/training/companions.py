@@ -32,7 +32,6 @@ from library.training.saving import Saver
 from library.training.state import TrainState
 from library.training.states import control_file
 from library.training.step import TrainingStep
-from library.training.timesteps import LossAware
 from library.training.tracking import Tracker
 from library.training.upload import Uploader
 from library.training.validation import SaveBest, StopEarly, Validate, make_validator
@@ -78,43 +77,25 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
     previewer = Previewer(
         settings[PreviewOptions], run.plans.prompts, run.target, step, published, tracker, run.accelerator
     )
-    validator = make_validator(
-        settings,
-        run.info,
-        step,
-        run.table,
-        run.plans.datasets,
-        caches,
-        published,
-        run.accelerator,
-        method.templates(),
-    )
+    validator = make_validator(run, step, caches, published, method.templates())
     validate = Validate(settings[ValidationOptions], validator, tracker)
-    timesteps = step.objective.timesteps
-    learns = isinstance(timesteps, LossAware)
     state.objects = {
         **({} if state.is_spread else {"optimizer": motion.optimizer}),
         "scheduler": motion.scheduler,
         "method": method,
+        "timesteps": step.objective.timesteps,
         "tracker": tracker,
         "saver": saver,
         "validation": validate,
         "provenance": provenance,
         **({"scaler": run.accelerator.scaler} if run.accelerator.scaler else {}),
         **({"ema": ema} if ema else {}),
-        **({"timesteps": timesteps} if learns else {}),
     }
-    new_curve = not resumed
-    if resumed:
-        new_rates = settings[ResumeOptions].resume_new_learning_rate
-        new_curve = resume.restore(resumed, state, motion, settings[SchedulerOptions], new_rates=new_rates)
-    if new_curve:
-        show_planned_rates(settings[SchedulerOptions], motion, progress, tracker.log)
-    learning = [events.LearnTimesteps(timesteps, run.accelerator)] if learns else []
+    go_on(run, state, motion, tracker)
     requests = Requests(control_file(run.plans.output_dir, run.target.name), run.accelerator)
     schedule = events.Schedule(
         [
-            *learning,
+            events.LearnTimesteps(step.objective.timesteps, run.accelerator),
             *([events.AverageWeights(ema)] if ema else []),
             events.CheckLatents(step, run.table),
             events.CheckMovement(movement),
@@ -132,14 +113,29 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
     return Companions(tracker, schedule, requests, movement, validate, uploader)
 
 
+def go_on(run: Outlook, state: TrainState, motion: Motion, tracker: Tracker) -> None:
+    """Put the state's objects where they were if the run goes on with one, and show the rates that are ahead."""
+    new_curve, options = True, run.settings[SchedulerOptions]
+    if run.resumed:
+        new_rates = run.settings[ResumeOptions].resume_new_learning_rate
+        new_curve = resume.restore(run.resumed, state, motion, options, new_rates=new_rates)
+    if new_curve:
+        show_planned_rates(options, motion, run.progress, tracker.log)
+
+
 def watch(run: Outlook, method: Method, step: TrainingStep, motion: Motion) -> tuple[Tracker, Continued]:
     """The log and the progress bar, and first what is going to be trained on."""
     summary = summarise(run.table, run.plans.datasets, run.plan, run.settings[TrainingOptions].total_steps)
     run.accelerator.print(before_training(summary, run.progress, motion.groups, run.accelerator))
     log = open_log(run.settings, method.log_name, run.accelerator, run.progress, run.log)
     importance_of = step.objective.timesteps.importance
-    name_of = lambda record: run.table[record].path  # noqa: E731
-    tracker = Tracker(run.accelerator, step.timesteps_of, name_of, importance_of, method.measured)
+    tracker = Tracker(
+        run.accelerator,
+        step.timesteps_of,
+        lambda record: run.table[record].path,
+        importance_of,
+        method.measured,
+    )
     if run.progress.step == 0:
         tracker.log.text("dataset", summary.markdown())
         tracker.log.pictures({"dataset": chart(summary)}, run.progress.step)

@@ -79,25 +79,3 @@ def take_over(scheduler: LRScheduler, other: LRScheduler) -> None:
     for group, theirs in zip(scheduler.optimizer.param_groups, other.optimizer.param_groups, strict=True):
         changed = {name for name, value in theirs.items() if name not in usual or usual[name] is not value}
         group |= {name: theirs[name] for name in (changed - {"params"}) | {"lr"}}
-
-
-class AdafactorRates(LRScheduler):
-    """Shows the rates that AdaFactor with relative steps finds: those of each group's first parameter in the step to
-    come. Nothing is done with them.
-    """
-
-    def get_lr(self) -> list[float]:
-        return [self._rate(group) for group in self.optimizer.param_groups]
-
-    def _rate(self, group: dict[str, Any]) -> float:
-        first = group["params"][0]
-        done = self.optimizer.state[first].get("step", 0) if first in self.optimizer.state else 0
-        size = self.optimizer._rms(first.detach().float()) if group["scale_parameter"] else 0.0
-        return float(self.optimizer._get_lr(group, {"step": done + 1, "RMS": size}))
-
-    def go_on(self, place: int) -> None:
-        """After `place` steps, from the optimizer and its parameters as they are."""
-        self.last_epoch = place
-        self._last_lr = self.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate

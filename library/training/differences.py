@@ -31,6 +31,7 @@ from library.options.textual_inversion import TextualInversionOptions
 from library.options.validation import ValidationOptions
 from library.training import engines
 from library.training.logs import Continued
+from library.training.optimizers import name_of
 from library.training.shared_scan import digest
 from library.training.trackers import public_value
 
@@ -72,6 +73,8 @@ _NOT_COMPARED = {
     "unet_lr",
     "text_encoder_lr",
     "optimizer_type",
+    "use_8bit_adam",
+    "use_lion_optimizer",
     "seed",
     "cache_info",
     "debug_dataset",
@@ -192,7 +195,7 @@ def facts(run: "Outlook", optimizer: torch.optim.Optimizer, log: Continued) -> d
         "seed": run.seed,
         "log": log,
         "settings": comparable(run.settings),
-        "optimizer": type(optimizer).__name__,
+        "optimizer": name_of(optimizer),
         "images_per_epoch": run.plan.images_per_epoch,
         "steps_per_epoch": run.plan.steps_per_epoch,
         "dataset": digest(run.table),

@@ -19,7 +19,7 @@ from library.training.requests import Requests, RunEnded
 from library.training.saving import Saver
 from library.training.state import Progress
 from library.training.step import TrainingStep
-from library.training.timesteps import LossAware
+from library.training.timesteps import Timesteps
 
 
 class Event(Protocol):
@@ -169,14 +169,14 @@ class CheckMovement:
 
 
 class LearnTimesteps:
-    """After every step: what is drawn learns which timesteps have large losses. Comes before whatever stores it."""
+    """After every step, where what is drawn learns from losses. Comes before whatever stores it."""
 
-    def __init__(self, timesteps: LossAware, accelerator: Accelerator):
+    def __init__(self, timesteps: Timesteps, accelerator: Accelerator):
         self.timesteps = timesteps
         self.accelerator = accelerator
 
     def due(self, progress: Progress) -> bool:
-        return True
+        return self.timesteps.learns
 
     def __call__(self, progress: Progress) -> None:
         self.timesteps.learn(self.accelerator.reduce)  # which sums

@@ -16,10 +16,20 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _OPTIMIZERS = ("optimizer.bin", "optimizer.pt")
 # What the state of each parameter is called, by the optimizer's class: it must have the first and not the others.
 _SIGNS = {
-    "AdamW": ("exp_avg", "s", "z"),
-    "AdamW8bit": ("state1",),
-    "Prodigy": ("s",),
-    "AdamWScheduleFree": ("z",),
+    "AdamW": ("exp_avg_sq", "s", "z", "RMS"),
+    **dict.fromkeys(("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "AdEMAMix8bit"), ("state2",)),
+    **dict.fromkeys(("Lion8bit", "PagedLion8bit", "SGD8bit"), ("state1", "state2")),
+    "Lion": ("exp_avg", "exp_avg_sq", "s"),
+    "SGD": ("momentum_buffer",),
+    "Adafactor": ("RMS",),
+    "Prodigy": ("p0",),
+    "DAdaptAdaGrad": ("alphak",),
+    "DAdaptLion": ("s", "exp_avg_sq", "x0"),
+    "DAdaptSGD": ("x0", "alphak"),
+    **dict.fromkeys(("DAdaptAdan", "DAdaptAdanIP"), ("pre_grad",)),
+    **dict.fromkeys(("DAdaptAdam", "DAdaptAdamPreprint"), ("s", "p0", "x0", "pre_grad")),
+    **dict.fromkeys(("AdamWScheduleFree", "RAdamScheduleFree"), ("z", "x0")),
+    "SGDScheduleFree": ("z", "exp_avg_sq", "x0"),
 }
 
 
@@ -71,7 +81,9 @@ def objects(folder: Path, optimizer: str, step: int) -> dict[str, Any]:
         if (folder / name).is_file():
             try:
                 state = torch.load(folder / name, map_location="cpu", weights_only=True)
-                entry = next(iter(state["state"].values()), {})
+                entry = dict(next(iter(state["state"].values()), {}))
+                for hidden in [value for value in entry.values() if isinstance(value, dict)]:
+                    entry |= hidden  # as bitsandbytes keeps what is quantised
             except Exception as problem:  # whatever a damaged or foreign file makes of the reader
                 warn(f"{folder / name} cannot be read, so the optimizer starts anew: {problem}")
                 return {}

@@ -1,52 +1,129 @@
 """Optimizers by name, their learning rates, and their state."""
 
-import ast
 import functools
 import importlib
-import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.console import quiet_dependencies, warn
+from library.console import notice, quiet_dependencies, warn
 from library.errors import UserError, suggest
-from library.options.optimizer import OPTIMIZERS, OptimizerOptions
+from library.options.optimizer import OPTIMIZERS, TORCH_OPTIMIZERS, OptimizerOptions
+from library.training.apart import by_rate
+from library.training.arguments import literal_keywords, takes
 from library.training.methods.base import ParameterGroup
+from library.training.packing import pack
 
-_PARAMETER_SHAPED = ("exp_avg", "exp_avg_sq", "z", "state1", "state2")  # state that has its parameter's shape
+_PARAMETER_SHAPED = (
+    *("exp_avg", "exp_avg_sq", "exp_avg_diff", "pre_grad", "momentum_buffer", "square_avg"),
+    *("z", "x0", "sk", "alphak", "state1", "state2"),
+)
+"""State that has its parameter's shape, or several of it."""
 _FEW = 4096  # of fewer values 8-bit optimizers keep more bits
-_SMALL, _LARGE = 32, 512  # sides of the matrices that stand for those with fewer values and for others
+_ENOUGH = 512  # values along each side of a weight: a larger one takes as much memory per value
 _USUAL_FACTORS = (0.1, 10.0)  # of the rate that an optimizer finds itself
 
 
 def make_optimizer(options: OptimizerOptions, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
     """The optimizer of --optimizer_type over the groups, in their order, each with its own learning rate.
 
-    UserError if its package is missing, or if it refuses its arguments or the rates.
+    Says what it makes of the rates. UserError if its package is missing, or if it refuses its arguments or the rates.
     """
-    if OPTIMIZERS[options.optimizer].adapts_rate:
-        _check_factors(options.optimizer, groups)
-    return _make(options, groups)
+    optimizer = _make(options, groups)
+    given, added = options.optimizer_keywords, options.source.arguments
+    shown = [f"{name}={value}" for name, value in added.items() if name not in given]
+    if shown:
+        notice(f"{options.optimizer} has {' and '.join(shown)} unless --optimizer_args says otherwise")
+    rates = {group.learning_rate for group in groups if group.learning_rate > 0}
+    named = ", ".join(f"{group.name} {group.learning_rate:g}" for group in groups)
+    if options.source.adapts_rate:
+        _check_factors(options.optimizer, rates)
+        if len(rates) > 1:
+            notice(f"{options.optimizer} finds a learning rate for each part, times the one given: {named}")
+    if finds_steps(optimizer):
+        notice(
+            f"{options.optimizer} chooses the learning rate itself (relative_step=True), so that those given ({named}) "
+            "have no effect unless they are 0; relative_step=False in --optimizer_args lets them"
+        )
+    elif options.optimizer == "AdaFactor" and options.clip_norm:
+        notice("AdaFactor limits its steps itself, so that --max_grad_norm 0 is usual with relative_step=False")
+    if options.optimizer.startswith("Paged") and groups[0].parameters[0].device.type == "cpu":
+        notice(f"{options.optimizer} keeps its state where it is on the CPU: paging is for the memory of GPUs")
+    return optimizer
 
 
 def check_optimizer(options: OptimizerOptions) -> None:
     """UserError for a missing package and for arguments that the optimizer does not take, before anything is loaded."""
-    _make(options, [ParameterGroup("", [nn.Parameter(torch.zeros(1))], options.learning_rate)])
+    _make(options, [_probe(options, (2, 2))])
+
+
+def try_optimizer(options: OptimizerOptions, device: torch.device, *, spread: bool) -> None:
+    """UserError for an optimizer that cannot take a step here, or whose state could not be kept in files, before any
+    weights are read. `spread`: no process will have all of the weights.
+    """
+    if spread and options.source.adapts_rate:
+        raise UserError(
+            f"--optimizer_type {options.optimizer} needs all gradients in each process, which FSDP and DeepSpeed "
+            "spread: leave one of them out"
+        )
+    optimizer = _stepped(options, (2, 2), device)
+    try:
+        pack(optimizer.state_dict(), {}, "its state")
+    except TypeError as problem:
+        raise UserError(f"--optimizer_type {options.optimizer} cannot be resumed: {problem}") from None
+
+
+def _stepped(options: OptimizerOptions, shape: tuple[int, ...], device: torch.device) -> torch.optim.Optimizer:
+    """An optimizer after a step with one parameter. UserError if it fails."""
+    group = _probe(options, shape, device)
+    optimizer = _make(options, [group])
+    group.parameters[0].grad = torch.ones_like(group.parameters[0])
+    try:
+        with quiet_dependencies():
+            optimizer.step()
+    except Exception as error:  # whatever a class of other people's raises
+        raise UserError(f"--optimizer_type {options.optimizer} cannot take a step here: {_reason(error)}") from error
+    return optimizer
+
+
+def _probe(options: OptimizerOptions, shape: tuple[int, ...], device: torch.device | None = None) -> ParameterGroup:
+    return ParameterGroup("", [nn.Parameter(torch.ones(shape, device=device))], options.learning_rate or 1.0)
 
 
 def _make(options: OptimizerOptions, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
-    kind = import_optimizer(options.optimizer)
-    keywords = literal_keywords(kind, options.optimizer_keywords)
+    kind = import_optimizer(options)
+    keywords = keywords_of(options, kind)
+    own = [{"params": group.parameters, "lr": group.learning_rate} for group in groups]
+    if keywords.get("relative_step"):
+        for group in own:
+            if group["lr"] == 0:
+                group |= {"relative_step": False, "warmup_init": False}  # else it would move
+    elif takes(kind, "lr"):
+        keywords["lr"] = max(group["lr"] for group in own) or 1.0  # some need it, and need more than 0
     try:
         with quiet_dependencies():
-            optimizer = kind([{"params": group.parameters, "lr": group.learning_rate} for group in groups], **keywords)
+            optimizer = (by_rate(kind) if options.source.adapts_rate else kind)(own, **keywords)
         if hasattr(optimizer, "train"):
             _start_averaging(optimizer)
         return optimizer
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--optimizer_args: {kind.__name__} refuses them: {error}") from error
+    except Exception as error:  # whatever a class of other people's raises
+        mistaken = f"--optimizer_args: {kind.__name__} refuses them"
+        if not options.optimizer_keywords:
+            mistaken = f"--optimizer_type {options.optimizer} cannot be used"
+        raise UserError(f"{mistaken}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def keywords_of(options: OptimizerOptions, kind: type) -> dict[str, Any]:
+    """--optimizer_args as Python values, and what this optimizer needs besides."""
+    return {**options.source.arguments, **literal_keywords(kind, options.optimizer_keywords)}
 
 
 def _start_averaging(optimizer: torch.optim.Optimizer) -> None:
@@ -56,32 +133,50 @@ def _start_averaging(optimizer: torch.optim.Optimizer) -> None:
     optimizer.train()
 
 
-def import_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The class behind a name in OPTIMIZERS. UserError if its package is missing or does not work."""
-    source = OPTIMIZERS[name]
+def import_optimizer(options: OptimizerOptions) -> type[torch.optim.Optimizer]:
+    """The class of --optimizer_type. UserError if its package is missing or does not work."""
+    name, source = options.optimizer, options.source
     try:
         with quiet_dependencies():
-            return getattr(importlib.import_module(source.module), source.name)
+            module = importlib.import_module(source.module)
+            kind = getattr(module, source.name)
     except ModuleNotFoundError as error:
         itself = source.module.startswith(error.name or source.module)  # rather than something it needs
+        if itself and "." in (error.name or "") and name not in OPTIMIZERS:
+            raise UserError(f"--optimizer_type: there is no module {error.name}") from error
         package = source.package if itself else error.name
         raise UserError(f"--optimizer_type {name} needs the package {package}: pip install {package}") from error
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # a module may do anything while it is imported
+        if isinstance(error, AttributeError) and name not in OPTIMIZERS:
+            like = suggest(source.name, dir(module))
+            raise UserError(f"--optimizer_type: {source.module} has no {source.name}{like}") from error
         raise UserError(
-            f"--optimizer_type {name}: the installed {source.package} does not work ({error}): "
+            f"--optimizer_type {name}: the installed {source.package} does not work ({_reason(error)}): "
             f"pip install --upgrade {source.package}"
         ) from error
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise UserError(f"--optimizer_type: {name} is no optimizer of PyTorch")
+    return kind
 
 
-def _check_factors(name: str, groups: Sequence[ParameterGroup]) -> None:
-    """What an optimizer that finds its rate itself makes of the groups' rates."""
-    rates = {group.learning_rate for group in groups if group.learning_rate > 0}
-    if len(rates) > 1:
-        named = ", ".join(f"{group.name} {group.learning_rate:g}" for group in groups)
-        raise UserError(
-            f"--optimizer_type {name} finds one learning rate for all parts, but theirs differ ({named}): give "
-            "--learning_rate alone, usually 1"
-        )
+def name_of(optimizer: torch.optim.Optimizer) -> str:
+    """What tells it from others whose state it could not take: the class, with its module if we do not list it."""
+    kind = type(optimizer)
+    package = kind.__module__.partition(".")[0]
+    listed = {("torch", name) for name in TORCH_OPTIMIZERS}
+    listed |= {(row.module.partition(".")[0], row.name) for row in OPTIMIZERS.values()}
+    return kind.__name__ if (package, kind.__name__) in listed else f"{kind.__module__}.{kind.__name__}"
+
+
+def described(options: OptimizerOptions, optimizer: torch.optim.Optimizer) -> str:
+    """The class and its arguments as files tell them, such as torch.optim.adamw.AdamW(weight_decay=0.01)."""
+    kind = type(optimizer)
+    arguments = ",".join(f"{name}={value}" for name, value in keywords_of(options, kind).items())
+    return f"{kind.__module__}.{kind.__qualname__}" + (f"({arguments})" if arguments else "")
+
+
+def _check_factors(name: str, rates: Iterable[float]) -> None:
+    """A warning for rates that are not what an optimizer that finds its rate itself multiplies it by."""
     low, high = _USUAL_FACTORS
     for rate in rates:
         if not low <= rate <= high:
@@ -92,34 +187,32 @@ def _check_factors(name: str, groups: Sequence[ParameterGroup]) -> None:
             )
 
 
-def literal_keywords(kind: type, keywords: Mapping[str, str]) -> dict[str, Any]:
-    """--optimizer_args read as Python literals; text that is none stays text. UserError for a name it does not take."""
-    known = [name for name in inspect.signature(kind).parameters if name not in ("self", "params", "lr")]
-    values = {}
-    for name, text in keywords.items():
-        if name not in known:
-            raise UserError(
-                f"--optimizer_args: {kind.__name__} takes no {name}{suggest(name, known)} (it takes {', '.join(known)})"
-            )
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name] = text
-    return values
+def finds_steps(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is an AdaFactor that finds the size of its steps itself."""
+    return any(group.get("relative_step") for group in optimizer.param_groups)
 
 
 def state_bytes(options: OptimizerOptions, parameters: Iterable[Tensor], device: torch.device) -> int:
     """About how many bytes the optimizer keeps of these parameters, which need no values."""
 
     @functools.cache
-    def per_value(side: int) -> float:
-        probe = nn.Parameter(torch.ones(side, side, device=device))
-        optimizer = _make(options, [ParameterGroup("", [probe], 1.0)])
-        probe.grad = torch.ones_like(probe)
-        optimizer.step()
-        return sum(tensor.nbytes for tensor in tensors_in(optimizer.state)) / probe.numel()
+    def per_value(shape: tuple[int, ...]) -> float:
+        state = _stepped(options, shape, device).state
+        return sum(tensor.nbytes for tensor in tensors_in(state)) / math.prod(shape)
 
-    return round(sum(tensor.numel() * per_value(_SMALL if tensor.numel() < _FEW else _LARGE) for tensor in parameters))
+    return round(sum(tensor.numel() * per_value(_small(tensor.shape)) for tensor in parameters))
+
+
+def _small(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape that takes as much memory per value, on either side of the number of values from which it is less.
+
+    The last two sides are apart from the others in optimizers that keep sums of rows and columns.
+    """
+    *rest, rows, columns = (1, 1, *shape)
+    cut = _ENOUGH**2 // min(rows, columns, _ENOUGH)
+    rows, columns = min(rows, cut), min(columns, cut)
+    number = min(math.prod(rest), -(-(_ENOUGH**2) // (rows * columns)))
+    return (number, rows, columns)[-max(len(shape), 1) :]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -135,14 +228,37 @@ def effective_rates(optimizer: torch.optim.Optimizer, scheduler_rates: Sequence[
     """The learning rates that the next step will move each group with, where `scheduler_rates` are given to it.
 
     Those that find the rate themselves multiply it by their estimate d; schedule-free ones may warm up on their own.
+    AdaFactor's relative step is that before it is multiplied by the size of each parameter (scale_parameter).
     """
     rates = []
     for group, rate in zip(optimizer.param_groups, scheduler_rates, strict=True):
+        if group.get("relative_step"):
+            rates.append(_relative_step(optimizer, group))
+            continue
         warmup = group.get("warmup_steps", 0)
         done = group.get("k", warmup)
         part = (done + 1) / warmup if done < warmup else 1.0
-        rates.append(float(rate * part * group.get("d", 1.0)))
+        if "silent_sgd_phase" in group:
+            part *= _rectification(group)
+        rates.append(float(rate * part * group.get("d", 1.0) / (group.get("g0_norm") or 1.0)))
     return rates
+
+
+def _relative_step(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
+    """AdaFactor's next step in relation to the size of its parameters (https://arxiv.org/abs/1804.04235, section 8)."""
+    states = (optimizer.state.get(parameter) for parameter in group["params"])
+    step = next((state["step"] for state in states if state), 0) + 1
+    return min(1e-6 * step if group.get("warmup_init") else 1e-2, step**-0.5)
+
+
+def _rectification(group: Mapping[str, Any]) -> float:
+    """The factor of RAdam's next step (https://arxiv.org/abs/1908.03265, algorithm 2)."""
+    step, decay = group["k"] + 1, group["betas"][1]
+    longest = 2 / (1 - decay) - 1
+    length = longest - 2 * step * decay**step / (1 - decay**step)
+    if length <= 4:
+        return float(not group["silent_sgd_phase"])
+    return math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -159,7 +275,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     indices = [index for group in stored_groups for index in group["params"]]
     entries = {index: state["state"].get(index, {}) for index in indices}
     for number, (parameter, entry) in enumerate(zip(parameters, entries.values(), strict=True)):
-        for shape in _shapes(entry):
+        for several in _shapes(entry):
+            shape = several[len(several) - parameter.dim() :]
             if shape != parameter.shape:
                 raise ValueError(
                     f"the optimizer's state of parameter {number} is for the shape {list(shape)}, but it has "
@@ -172,12 +289,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def _shapes(entry: Mapping[str, Any]) -> Iterator[torch.Size]:
-    """Shapes in a parameter's state that must be its own; bitsandbytes hides quantised state one level down."""
+    """Shapes in a parameter's state that must end with its own; bitsandbytes hides quantised state one level down."""
     for name, value in entry.items():
         if isinstance(value, dict):
             yield from _shapes(value)
-        elif name in _PARAMETER_SHAPED:
+        elif name in _PARAMETER_SHAPED and isinstance(value, Tensor):
             yield value.shape
+        elif name == "exp_avg_sq_row":  # AdaFactor's sums, beside those of columns
+            yield value.shape + entry["exp_avg_sq_col"].shape[-1:]
 
 
 def _put_types_back(loaded: dict[str, Any], stored: Mapping[str, Any]) -> None:

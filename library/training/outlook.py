@@ -27,7 +27,7 @@ from library.training.accelerator import make_accelerator
 from library.training.base_model import Script, inspect_base_model, prediction_for
 from library.training.logs import Continued
 from library.training.methods.base import Method
-from library.training.optimizers import check_optimizer
+from library.training.optimizers import check_optimizer, try_optimizer
 from library.training.precision import Precision
 from library.training.preflight import Plans
 from library.training.schedulers import check_length, check_scheduler
@@ -75,6 +75,7 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
             "--ema needs all weights in each process, which FSDP and DeepSpeed spread: leave one of them out"
         )
     check_stepper(settings, accelerator)
+    try_optimizer(settings[OptimizerOptions], accelerator.device, spread=engines.spreads(accelerator))
     resumed = resume.agree_on_state(plans.resume)
     training = settings[TrainingOptions]
     seed = settle_seed(training.seed, resumed)

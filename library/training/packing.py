@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TENSOR, _PAIRS, _TUPLE = "$tensor", "$pairs", "$tuple"
+_TENSOR, _PAIRS, _TUPLE, _NUMPY = "$tensor", "$pairs", "$tuple", "$numpy"
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -18,10 +18,10 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value.detach()
         return {_TENSOR: name}
+    if isinstance(value, np.generic):  # some are also Python's numbers, but round in another way
+        return {_NUMPY: [value.dtype.str, value.item()]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, (list, tuple)):
         items = [pack(item, tensors, f"{name}.{number}") for number, item in enumerate(value)]
         return {_TUPLE: items} if isinstance(value, tuple) else items
@@ -40,6 +40,8 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == _TENSOR:
         return tensors[content]
+    if kind == _NUMPY:
+        return np.dtype(content[0]).type(content[1])
     if kind == _TUPLE:
         return tuple(unpack(item, tensors) for item in content)
     return {unpack(key, tensors): unpack(item, tensors) for key, item in content}

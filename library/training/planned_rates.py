@@ -9,6 +9,7 @@ from library.data.report.chart import COLOURS, FAINT, INK, MARGIN, PAPER, ROW, W
 from library.options.scheduler import SchedulerOptions
 from library.training.courses import put_at, sample
 from library.training.logs import Log
+from library.training.optimizers import finds_steps
 from library.training.schedulers import planned
 from library.training.state import Progress
 
@@ -21,17 +22,15 @@ POINTS = WIDTH - LEFT - MARGIN  # more cannot be seen
 
 
 def show_planned_rates(options: SchedulerOptions, motion: "Motion", progress: Progress, log: Log) -> None:
-    """Log the picture of the steps that are left. There is none of rates that follow from what is learned.
+    """Log the picture of the steps that are left. There is none where the optimizer finds its steps itself.
 
     It is a picture, not numbers: those of steps to come would keep Weights & Biases from taking the real ones.
     """
     left = progress.total_steps - progress.step
-    if not log.trackers or left < 1:
+    if not log.trackers or left < 1 or finds_steps(motion.optimizer):
         return
     groups = motion.optimizer.param_groups
     ahead = planned(options, motion.optimizer, [group["asked_rate"] for group in groups], progress.total_steps)
-    if ahead is None:
-        return
     put_at(ahead, motion.scheduler.last_epoch)
     rates = {progress.step + 1 + number: values for number, values in sample(ahead, left, POINTS).items()}
     finds = any("d" in group for group in groups)

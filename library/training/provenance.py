@@ -12,8 +12,10 @@ from library.data.report.metadata_facts import dataset_metadata
 from library.models.family import Family
 from library.models.metadata import BaseModel, RunFacts
 from library.models.registry import public_name
+from library.options.optimizer import OptimizerOptions
 from library.options.scheduler import SchedulerOptions
 from library.training.methods.base import Method
+from library.training.optimizers import described
 from library.training.outlook import Outlook
 from library.training.schedulers import settle
 from library.training.state import Progress
@@ -47,8 +49,7 @@ class Provenance:
         self.world = run.plan.world
         # sizes that come from metadata files: the one that most images have
         self.resolution = self.datasets[0].resolution or most_common_size(run.table)
-        kind = type(optimizer)
-        self.optimizer = f"{kind.__module__}.{kind.__qualname__}"
+        self.optimizer = described(run.settings[OptimizerOptions], optimizer)
         self.session_id = random.SystemRandom().randrange(2**32)
         self.started_at = time.time()
 

@@ -16,12 +16,12 @@ from library.options.base import options_of
 from library.options.resume import ResumeOptions
 from library.options.scheduler import SchedulerOptions
 from library.training import engines, foreign_state, together
-from library.training.courses import AdafactorRates, course, put_at, sample, take_over
+from library.training.courses import course, put_at, sample, take_over
 from library.training.differences import say_differences, what_does_not_fit
-from library.training.optimizers import load_optimizer
+from library.training.optimizers import finds_steps, load_optimizer
 from library.training.packing import check_shapes
 from library.training.requests import RunEnded
-from library.training.schedulers import finds_steps, planned
+from library.training.schedulers import planned
 from library.training.state import Progress, TrainState, load_trained, read_objects
 from library.training.states import ENGINE, LATEST, SUFFIX, TRAINED, StateFolder, read
 
@@ -161,12 +161,18 @@ def restore(
 def _restore_optimizer(saved: dict[str, Any] | None, resumed: StateFolder, state: TrainState, motion: "Motion") -> None:
     if saved is None:
         return
+    found_steps = finds_steps(motion.optimizer)
     try:
         load_optimizer(motion.optimizer, saved)
     except ValueError as problem:
         if resumed.ours:
             raise _of_something_else(resumed, state.facts, problem) from None
         warn(f"the optimizer starts anew, because the state's does not fit what is trained ({problem})")
+    if finds_steps(motion.optimizer) != found_steps:
+        raise UserError(
+            "--optimizer_args: the AdaFactor of the state has another relative_step, and keeps it: give the one that "
+            "it was started with"
+        )
 
 
 def _restore_curve(
@@ -180,14 +186,6 @@ def _restore_curve(
 ) -> bool:
     """Put the learning rates back; see `restore`."""
     place = state.progress.step if saved is None else saved["last_epoch"]
-    if isinstance(motion.scheduler, AdafactorRates) != finds_steps(motion.optimizer):
-        raise UserError(
-            "--optimizer_args: the AdaFactor of the state has another relative_step, and keeps it: give the one that "
-            "it was started with"
-        )
-    if isinstance(motion.scheduler, AdafactorRates):
-        motion.scheduler.go_on(place)
-        return False
     are_new = _restore_rates(motion, new_rates)
     rates = [group["asked_rate"] for group in motion.optimizer.param_groups]
     total = state.progress.total_steps

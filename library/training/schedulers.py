@@ -16,14 +16,14 @@ from library.console import notice, quiet_dependencies, warn
 from library.errors import UserError, suggest
 from library.options.optimizer import OptimizerOptions
 from library.options.scheduler import LR_SCHEDULERS, SchedulerOptions
-from library.training.arguments import literal, read_arguments
-from library.training.courses import WALKED, AdafactorRates, Spare
+from library.training.arguments import literal, literal_keywords
+from library.training.courses import WALKED, Spare
 from library.training.methods.base import ParameterGroup
-from library.training.optimizers import make_optimizer
+from library.training.optimizers import finds_steps, make_optimizer
 from library.training.packing import pack
 
 _LOWEST_OF_POLYNOMIAL = 1e-7
-_GIVEN = ("optimizer", "last_epoch")
+_GIVEN = ("last_epoch",)
 # Arguments of classes that come from the run where nothing else is said.
 _SOURCES = {"total_steps": "the steps of the run", "T_max": "the steps of the run", "max_lr": "the learning rates"}
 _NOMINAL_STEPS = 1000
@@ -68,11 +68,6 @@ def settle(options: SchedulerOptions, optimizer: torch.optim.Optimizer) -> Sched
             )
         return SchedulerOptions()
     return options
-
-
-def finds_steps(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is an AdaFactor that finds the size of its steps itself."""
-    return any(group.get("relative_step") for group in optimizer.param_groups)
 
 
 def check_scheduler(options: SchedulerOptions, optimizing: OptimizerOptions) -> None:
@@ -131,19 +126,14 @@ def _walk(options: SchedulerOptions, probe: torch.optim.Optimizer, total_steps: 
 
 def planned(
     options: SchedulerOptions, optimizer: torch.optim.Optimizer, rates: Sequence[float], total_steps: int
-) -> LRScheduler | None:
-    """The scheduler of a run at its first step, beside the optimizer, from these rates of its groups; None where the
-    rates follow from what is learned.
-    """
-    settled = settle(options, optimizer)
-    return None if settled.name == "adafactor" else _build(settled, Spare(optimizer, rates), total_steps)
+) -> LRScheduler:
+    """The scheduler of a run at its first step, beside the optimizer, from these rates of its groups."""
+    return _build(settle(options, optimizer), Spare(optimizer, rates), total_steps)
 
 
 def _build(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
     if options.lr_scheduler_type:
         return _of_class(options, optimizer, total_steps)
-    if options.lr_scheduler == "adafactor":
-        return AdafactorRates(optimizer)
     rates = [group["lr"] for group in optimizer.param_groups]
     curves = {rate: _curve(options, rate, total_steps) for rate in rates}
     return LambdaLR(optimizer, [curves[rate] for rate in rates])
@@ -172,6 +162,7 @@ def _maker(options: SchedulerOptions, rate: float, total_steps: int) -> tuple[Ca
     decay = options.decay_steps(total_steps)
     makers: dict[str, tuple[str, dict[str, Any]]] = {
         "constant": ("constant_schedule", {}),
+        "adafactor": ("constant_schedule", {}),  # whatever the rate: the optimizer does not look at it
         "constant_with_warmup": ("constant_schedule_with_warmup", warm),
         "linear": ("linear_schedule_with_warmup", whole),
         "cosine": ("cosine_schedule_with_warmup", whole),
@@ -218,7 +209,7 @@ def _of_class(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total
     if "max_lr" in parameters and parameters["max_lr"].default is inspect.Parameter.empty:
         filled["max_lr"] = rates
     filled = {name: value for name, value in filled.items() if name not in words}
-    keywords = filled | read_arguments(kind, words, "--lr_scheduler_args", _GIVEN, filled)
+    keywords = filled | literal_keywords(kind, words, "--lr_scheduler_args", _GIVEN, filled)
     if filled:
         sources = [f"{name} from {_SOURCES[name]}" for name in filled]
         notice(f"{options.spelling} takes {' and '.join(sources)}, since --lr_scheduler_args does not say")

@@ -16,6 +16,8 @@ from library.training.optimizers import effective_rates
 from library.training.parts import Parts
 from library.training.rounding import Rounding
 
+_TINY = 1e-7  # not 0 in fp16 either
+
 
 @dataclass(frozen=True)
 class StepInfo:
@@ -90,15 +92,15 @@ class Stepper:
         return torch.zeros(()) if norm is None else torch.as_tensor(norm), bool(self.optimizer.step_was_skipped)
 
     def make_state(self) -> None:
-        """Let the optimizer make what it keeps of every parameter, by a step on gradients of zero; none are left."""
+        """Let the optimizer make what it keeps of every parameter, by a step on tiny gradients; none are left."""
         self.fill_gradients()
         self.optimizer.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def fill_gradients(self, parameters: Sequence[nn.Parameter] | None = None) -> None:
-        """Give these parameters, or all, gradients of zero."""
+        """Give these parameters, or all, tiny gradients: for 0 some optimizers keep no state."""
         for parameter in self.parameters if parameters is None else parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.full_like(parameter, _TINY)
 
 
 class HalfStepper(Stepper):

@@ -43,7 +43,7 @@ def check_stepper(settings: Settings, accelerator: Accelerator) -> None:
             f"{fused} leaves no time for {accelerator.num_processes} processes to exchange gradients: drop it, or "
             "train in one process"
         )
-    kind = import_optimizer(settings[OptimizerOptions].optimizer)
+    kind = import_optimizer(settings[OptimizerOptions])
     if not can_be_split(kind):
         raise UserError(
             f"{fused}: {kind.__name__} is not known to treat every weight by itself, so it needs all gradients at "

@@ -23,6 +23,9 @@ _UNIFORM = 0.1  # part of the draws that all timesteps share alike; its inverse 
 class Timesteps:
     """Uniform over low <= t < high."""
 
+    learns = False
+    """Whether what is drawn follows from the losses of earlier steps."""
+
     def __init__(self, process: NoiseProcess, low: int, high: int):
         self.process = process
         self.low = low
@@ -44,6 +47,15 @@ class Timesteps:
 
     def forget(self) -> None:
         """Nothing of the step under way counts."""
+
+    def learn(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Called after every step where this `learns`; `add_up` gives the sum of all processes' tensors."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what another run has learned."""
 
 
 class LogitNormal(Timesteps):
@@ -71,6 +83,8 @@ class LossAware(Timesteps):
     met some times, draws are uniform. Losses count from the step after next on, since reading them at once would
     stall the device.
     """
+
+    learns = True
 
     def __init__(self, process: NoiseProcess, low: int, high: int):
         super().__init__(process, low, high)
@@ -138,9 +152,7 @@ class LossAware(Timesteps):
         self.values = None
 
     def learn(self, add_up: Callable[[Tensor], Tensor]) -> None:
-        """After every step: learn from the step before, and keep this one for the next time. `add_up` gives the sum of
-        all processes' tensors.
-        """
+        """Learn from the step before, and keep this one for the next time."""
         values = add_up(self.values)
         self._learn()
         self.pending, self.values = LaggedCopy(values), None
@@ -159,7 +171,9 @@ class LossAware(Timesteps):
         return {**known, "edges": self.edges, "pending": self.pending and self.pending.read()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what another run has learned, unless it drew between other bounds, which is said."""
+        """Nothing is taken over, which is said, where the other run drew between other bounds or in another way."""
+        if not state:
+            return
         if state["edges"] != self.edges:
             notice("timesteps are between other bounds than in the state, so which have large losses is learned anew")
             return

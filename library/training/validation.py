@@ -21,12 +21,9 @@ from library.data.config import DatasetConfig
 from library.data.dataset import ImageDataset
 from library.data.held_out import held_out_batches, steady
 from library.data.plan import BatchPlan
-from library.data.records import RecordTable
 from library.errors import UserError
 from library.generation.paint import evaluating
 from library.models.noise import sample_noise
-from library.models.registry import ModelInfo
-from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
 from library.options.saving import SaveOptions
@@ -36,6 +33,7 @@ from library.training import engines, together
 from library.training.caching import latents_layout, vae_encoder
 from library.training.events import every
 from library.training.health import NotFinite
+from library.training.outlook import Outlook
 from library.training.preparation import Caches
 from library.training.published import Published
 from library.training.requests import RunEnded
@@ -169,48 +167,37 @@ def untouched_generators(device: torch.device) -> Iterator[None]:
 
 
 def make_validator(
-    settings: Settings,
-    info: ModelInfo,
-    step: TrainingStep,
-    table: RecordTable,
-    datasets: Sequence[DatasetConfig],
-    caches: Caches,
-    published: Published,
-    accelerator: Accelerator,
-    templates: Sequence[str] = (),
+    run: Outlook, step: TrainingStep, caches: Caches, published: Published, templates: Sequence[str] = ()
 ) -> Validator:
     """For the images that are held out, maybe none. Encodes them now where their latents are not cached.
 
     `templates` take the place of their captions. `published` gives a context in which the weights are those to be
     measured.
     """
-    datasets = [steady(dataset) for dataset in datasets]
+    settings, table = run.settings, run.table
+    datasets = [steady(dataset) for dataset in run.plans.datasets]
     batches = held_out_batches(table, datasets, settings[ValidationOptions].max_validation_steps)
     latents = caches.latents
     if latents is None and batches:
-        latents = _encode(settings[CacheOptions], info, step, table, datasets, batches)
+        latents = _encode(run, step, datasets, batches)
     dataset = ImageDataset(
         table,
         datasets,
         latents,
         caches.text,
-        latent_factor=info.latents.factor,
+        latent_factor=run.info.latents.factor,
         masked_loss=settings[DatasetOptions].masked_loss,
         templates=templates,
     )
-    return Validator(step, dataset, batches, published, accelerator)
+    return Validator(step, dataset, batches, published, run.accelerator)
 
 
 def _encode(
-    options: CacheOptions,
-    info: ModelInfo,
-    step: TrainingStep,
-    table: RecordTable,
-    datasets: Sequence[DatasetConfig],
-    batches: Sequence[BatchPlan],
+    run: Outlook, step: TrainingStep, datasets: Sequence[DatasetConfig], batches: Sequence[BatchPlan]
 ) -> LatentsCache:
     """Latents of the batches' images, drawn as --cache_latents draws them; each process makes its own."""
-    plan = plan_latents(table, datasets, latents_layout(info), skip_check=options.skip_cache_check)
+    table, options = run.table, run.settings[CacheOptions]
+    plan = plan_latents(table, datasets, latents_layout(run.info), skip_check=options.skip_cache_check)
     needed = np.zeros(len(table), dtype=bool)
     needed[[item.record for batch in batches for item in batch.items]] = True
     plan.states[~needed] = State.UNUSED

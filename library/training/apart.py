@@ -1,0 +1,46 @@
+"""Optimizers that find their learning rate themselves, taught to move parts of a model at rates of their own.
+
+D-Adaptation (https://arxiv.org/abs/2301.07733) and Prodigy (https://arxiv.org/abs/2306.06101) multiply the rate given
+by an estimate d of how far the weights have to go. Their packages make one estimate for all groups of parameters,
+refuse rates that differ, and some fail at a rate or a first gradient of 0.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Group = dict[str, Any]
+
+
+@functools.cache
+def by_rate(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A class like `kind`, of the same name, groups and state, whose step moves the groups of each rate by themselves,
+    so that these find a d of their own. Groups with a rate of 0 stay as they are.
+    """
+
+    def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> None:
+        groups, plain = self.param_groups, kind.step
+        if getattr(plain, "hooked", False):
+            plain = plain.__wrapped__  # this step's hooks have been called
+        try:
+            for part in _parts(groups):
+                self.param_groups = part
+                with contextlib.suppress(ZeroDivisionError):  # of DAdaptSGD, by a first gradient that is 0
+                    plain(self)
+        finally:
+            self.param_groups = groups
+
+    named = {"step": step, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), named)
+
+
+def _parts(groups: list[Group]) -> list[list[Group]]:
+    """The groups that move, those together whose rates are the same by the flags and after the scheduler."""
+    parts: dict[tuple[float, float], list[Group]] = {}
+    for group in groups:
+        if group["lr"] > 0:
+            parts.setdefault((group.get("initial_lr", group["lr"]), group["lr"]), []).append(group)
+    return list(parts.values())
