@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from library.models.files.checkpoint import open_weights
+from library.options import SchedulerOptions, options_of
+from library.training.courses import sample
 from library.training.packing import pack
-from tests.courses import CLASSES, NAMED, Run
+from library.training.schedulers import planned
+from tests.courses import CLASSES, NAMED, Run, options
 from tests.tiny import read_logs, scalars, stored
 
 # going on
@@ -61,18 +64,29 @@ def pictured(folder: Path) -> list[int]:
 LENGTH = {"max_train_steps": 4, "save_every_n_steps": 2, "save_state": True}
 
 
+QUICK = ("cosine", "CosineAnnealingWarmRestarts")
+WHOLE = [(chosen, "AdamW") for chosen in (*NAMED, *CLASSES)] + [(options(lr_scheduler="adafactor"), "AdaFactor")]
+
+
 @pytest.mark.parametrize(
-    "course",
+    ("chosen", "optimizer"),
     [
-        {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
-        {"lr_scheduler_type": "CosineAnnealingWarmRestarts", "lr_scheduler_args": "T_0=3"},
+        pytest.param(*pair, id=pair[0].name, marks=[] if pair[0].name.endswith(QUICK) else pytest.mark.slow)
+        for pair in WHOLE
     ],
-    ids=lambda course: next(iter(course.values())),
 )
-def test_a_whole_run_goes_on_exactly(saying, tmp_path, course):
-    saying("whole", **LENGTH, **course)
-    saying("broken", **LENGTH, **course, resume=tmp_path / "whole" / "run-step00000002-state")
+def test_a_whole_run_goes_on_exactly_and_logs_its_rates(saying, tmp_path, chosen, optimizer):
+    course = {option.name: getattr(chosen, option.name) for option in options_of(SchedulerOptions)} | LENGTH
+    course = {name: value for name, value in course.items() if value} | {"optimizer_type": optimizer}
+    saying("whole", **course)
+    saying("broken", **course, resume=tmp_path / "whole" / "run-step00000002-state")
     assert stored(tmp_path / "broken" / "run.safetensors") == stored(tmp_path / "whole" / "run.safetensors")
+    whole, broken = (scalars(read_logs(tmp_path / name / "logs"), "lr/unet") for name in ("whole", "broken"))
+    assert list(whole) == [1, 2, 3, 4]
+    assert broken == {step: whole[step] for step in (3, 4)}
+    if optimizer == "AdamW":
+        ahead = sample(planned(chosen, torch.optim.AdamW([torch.zeros(1)]), [0.01], 4), 4, 4)
+        assert list(whole.values()) == pytest.approx([rates[0] for rates in ahead.values()])
 
 
 def test_a_class_that_keeps_rates_of_its_own_goes_on_exactly_and_with_new_ones(saying, tmp_path):
