@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies
+from hypothesis import example, given, settings, strategies
 
 from library.errors import UserError
 from library.models import coloured_noise
@@ -167,6 +167,7 @@ def test_weights_are_those_of_the_rescaled_schedule_and_finite_without_signal():
     v_like=strategies.floats(0, 1e4),
     flags=strategies.tuples(strategies.booleans(), strategies.booleans()),
 )
+@example(Prediction(zero_terminal_snr=True), 1e-50, 0.0, (False, False))
 def test_whatever_is_not_refused_has_finite_weights(prediction, gamma, v_like, flags):
     options = ObjectiveOptions(
         min_snr_gamma=gamma,
@@ -281,6 +282,16 @@ def test_without_flags_nothing_is_done():
     assert objective_of().fingerprint == ()
 
 
+def test_huber_keeps_small_errors_and_has_a_gradient_at_none():
+    small = objective.element_losses(
+        torch.tensor([[[[1e-3]]]]), torch.zeros(1, 1, 1, 1), "huber", torch.tensor([1000.0])
+    )
+    assert small.item() == pytest.approx(1e-6, rel=1e-4)
+    prediction = torch.zeros(1, 1, 1, 1, requires_grad=True)
+    objective.element_losses(prediction, torch.zeros(1, 1, 1, 1), "huber", torch.tensor([1e-30])).sum().backward()
+    assert prediction.grad.item() == 0
+
+
 # --- flags ---
 
 OF_NOISE = ModelOptions()
@@ -339,14 +350,13 @@ def test_what_removes_the_last_timesteps_is_warned_of(fresh_console, capsys):
 
 def test_what_has_no_effect_is_noticed(fresh_console, capsys):
     unused = {"noise_offset_random_strength": True, "huber_c": 0.2, "logit_mean": 1.0, "multires_noise_discount": 0.1}
-    assert (
-        "--noise_offset_random_strength and --multires_noise_discount and --logit_mean and --huber_c have no effect"
-        in said(capsys, **unused)
-    )
-    assert "--huber_scale has no effect" in said(capsys, loss_type="huber", huber_scale=2.0)
-    used = {"noise_offset": 0.1, "loss_type": "huber", "multires_noise_iterations": 6}
-    used |= {"timestep_distribution": "logit_normal"}
-    assert said(capsys, **unused | used) == ""
+    message = said(capsys, **unused)
+    assert message.count("\n") == 4
+    assert "--huber_c has no effect without --loss_type huber or smooth_l1" in message
+    assert "--noise_offset_random_strength has no effect without --noise_offset" in message
+    assert "--huber_scale has no effect without" in said(capsys, loss_type="huber", huber_scale=2.0)
+    used = {"noise_offset": 0.1, "loss_type": "huber", "timestep_distribution": "logit_normal"}
+    assert said(capsys, **unused | used, multires_noise_iterations=2) == ""
 
 
 def test_the_fingerprint_is_that_of_the_loss():
@@ -360,5 +370,7 @@ def test_the_fingerprint_is_that_of_the_loss():
         {"masked_loss_normalize": True},
     ]
     assert len({objective_of(**options).fingerprint for options in different}) == len(different)
+    fingerprints = [objective_of(prediction).fingerprint for prediction in (Prediction("v_prediction"), V_ZERO)]
+    assert len({(), *fingerprints}) == 3
     same = ({"noise_offset": 0.1}, {"max_timestep": 500}, {"huber_c": 0.2}, {"min_snr_gamma": 0.0})
     assert {objective_of(**options).fingerprint for options in same} == {()}

@@ -197,10 +197,15 @@ def _check_kind(kind: str, kinds: frozenset[str], where: str) -> None:
     )
 
 
+def with_alpha_masks(datasets: Sequence[DatasetConfig]) -> bool:
+    """Whether the transparency of some images is their mask."""
+    return any(subset.images.alpha_mask for dataset in datasets for subset in dataset.subsets)
+
+
 def _check_masks(datasets: Sequence[DatasetConfig], masked_loss: bool) -> None:
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     folders = [subset for subset in subsets if subset.conditioning_data_dir]
-    if masked_loss and not folders and not any(subset.images.alpha_mask for subset in subsets):
+    if masked_loss and not folders and not with_alpha_masks(datasets):
         raise UserError(
             "--masked_loss: there are no masks: give --conditioning_data_dir their folder, or --alpha_mask if they are "
             "the transparency of the images, or set one of the two in the dataset file"

@@ -15,7 +15,7 @@ from library.data.batch import Batch
 from library.data.buckets import Geometry
 from library.data.caching.cache import LatentsCache
 from library.data.caching.text_cache import TextCache
-from library.data.config import DatasetConfig, SubsetConfig
+from library.data.config import DatasetConfig, SubsetConfig, with_alpha_masks
 from library.data.plan import BatchPlan, Item
 from library.data.records import NOTHING_DECODES, Record, RecordTable, geometry_of
 from library.errors import UserError
@@ -64,6 +64,11 @@ class ImageDataset(Dataset):
         self.total_steps = total_steps
         self.templates = tuple(templates)
         self._buckets = [dataset.buckets() for dataset in datasets]
+
+    @property
+    def uses_masks(self) -> bool:
+        """Whether losses of parts of images may count less than those of others."""
+        return self.masked_loss or with_alpha_masks(self.datasets)
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
         failures: dict[int, str] = {}

@@ -112,6 +112,10 @@ def settle_prediction(
     A file that says nothing and `looks_like_v` gets a warning where it is trained on the noise. UserError for a file of
     v-prediction that is to be trained on the noise: its denoiser would have to start over.
     """
+    if wanted.zero_terminal_snr and wanted.kind == "epsilon":
+        console.warn(
+            "--zero_terminal_snr is for models that predict v: predicted noise says nothing of a picture that is gone"
+        )
     if said is None:
         if looks_like_v and wanted.kind == "epsilon":
             warn_of_v(path)

@@ -157,10 +157,10 @@ class ObjectiveOptions:
             )
         if model.zero_terminal_snr:
             self._check_without_signal(model.v_parameterization)
-        unused = self._unused()
-        if unused:
-            verb = "has" if len(unused) == 1 else "have"
-            notice(f"{' and '.join(unused)} {verb} no effect beside these flags")
+        if self.min_snr_gamma and self.debiased_estimation_loss:
+            notice("--min_snr_gamma and --debiased_estimation_loss weigh timesteps twice: usually one of them is given")
+        for name, needed in self._unused().items():
+            notice(f"--{name} has no effect without {needed}")
 
     def _check_without_signal(self, v: bool) -> None:
         """The signal-to-noise ratio of the last timestep is 0, which weights may divide by or be multiplied with."""
@@ -184,23 +184,26 @@ class ObjectiveOptions:
                 "down to 0 with the signal"
             )
 
-    def _unused(self) -> list[str]:
-        """Flags that were set and wait for another one. Command lines may carry them along."""
-        scaled = self.is_robust and self.huber_schedule != "snr"
-        logit = self.timestep_distribution == "logit_normal"
-        used = {
-            "noise_offset_random_strength": bool(self.noise_offset),
-            "multires_noise_discount": bool(self.multires_noise_iterations),
-            "ip_noise_gamma_random_strength": bool(self.ip_noise_gamma),
-            "logit_mean": logit,
-            "logit_std": logit,
-            "huber_schedule": self.is_robust,
-            "huber_c": self.is_robust,
-            "huber_scale": scaled,
+    def _unused(self) -> dict[str, str]:
+        """Flags that were set, and what each of them waits for. Command lines may carry them along."""
+        robust = "--loss_type huber or smooth_l1"
+        logit = "--timestep_distribution logit_normal"
+        needed = {
+            "noise_offset_random_strength": ("--noise_offset", self.noise_offset),
+            "multires_noise_discount": ("--multires_noise_iterations", self.multires_noise_iterations),
+            "ip_noise_gamma_random_strength": ("--ip_noise_gamma", self.ip_noise_gamma),
+            "logit_mean": (logit, self.timestep_distribution == "logit_normal"),
+            "logit_std": (logit, self.timestep_distribution == "logit_normal"),
+            "huber_schedule": (robust, self.is_robust),
+            "huber_c": (robust, self.is_robust),
+            "huber_scale": (
+                f"{robust} and another --huber_schedule than snr",
+                self.is_robust and self.huber_schedule != "snr",
+            ),
         }
         # a field's default is the class's attribute
-        return [
-            f"--{name}"
-            for name, is_used in used.items()
+        return {
+            name: flag
+            for name, (flag, is_used) in needed.items()
             if not is_used and getattr(self, name) != getattr(type(self), name)
-        ]
+        }

@@ -30,8 +30,8 @@ def element_losses(prediction: Tensor, target: Tensor, kind: str = "l2", c: Tens
         return F.mse_loss(prediction, target, reduction="none")
     if kind == "l1":
         return F.l1_loss(prediction, target, reduction="none")
-    c = c.view(-1, 1, 1, 1)
-    excess = torch.sqrt((prediction - target) ** 2 + c**2) - c
+    c, errors = c.view(-1, 1, 1, 1), prediction - target
+    excess = errors**2 / (torch.hypot(errors, c) + c)  # sqrt(d^2 + c^2) - c without the cancellation
     return 2 * excess if kind == "smooth_l1" else 2 * c * excess
 
 
@@ -69,7 +69,7 @@ def min_snr_weight(snr: Tensor, gamma: float, *, v: bool) -> Tensor:
     """min(snr, gamma) / snr, which is 1 at 0; for models that predict `v` over snr + 1 instead (Hang et al. 2023,
     arXiv:2303.09556, eq. 8 and appendix).
     """
-    return snr.clamp(max=gamma) / (snr + 1) if v else (gamma / snr).clamp(max=1)
+    return snr.clamp(max=gamma) / (snr + 1) if v else torch.where(snr > gamma, gamma / snr, 1.0)
 
 
 def v_scale(snr: Tensor) -> Tensor:
@@ -131,9 +131,11 @@ class Objective:
 
     def __init__(self, options: ObjectiveOptions, process: NoiseProcess):
         self.options = options
+        self.predicts_v = process.prediction_type == "v_prediction"
         self.timesteps = timesteps_for(options, process)
         snr = process.snr(torch.arange(process.steps))
-        weights = timestep_weights(options, snr, v=process.prediction_type == "v_prediction")
+        self.ends_in_noise = bool(snr[-1] == 0)
+        weights = timestep_weights(options, snr, v=self.predicts_v)
         self.weights = None if weights is None else _Table(weights)
         self.huber_c = None
         if options.is_robust:
@@ -175,7 +177,7 @@ class Objective:
 
     @property
     def fingerprint(self) -> tuple[str, ...]:
-        """Of the loss: values of different ones do not compare. Empty for plain squared errors."""
+        """Of the loss: values of different ones do not compare. Empty for plain squared errors of the noise."""
         names = ("min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss", "debiased_estimation_loss")
         names = (*names, "masked_loss_normalize")
         own = {name: getattr(self.options, name) for name in names}
@@ -183,4 +185,5 @@ class Objective:
             own["loss_type"] = self.options.loss_type
         if self.options.is_robust:
             own |= {name: getattr(self.options, name) for name in ("huber_schedule", "huber_c", "huber_scale")}
-        return tuple(f"{name}={value}" for name, value in own.items() if value)
+        prediction = {"v_prediction": self.predicts_v, "no_signal": self.ends_in_noise}
+        return tuple(f"{name}={value}" for name, value in (own | prediction).items() if value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library import console
-from library.data.config import BOTH_KINDS, DatasetConfig, check_combinations, load_datasets
+from library.data.config import BOTH_KINDS, DatasetConfig, check_combinations, load_datasets, with_alpha_masks
 from library.errors import UserError, suggest_path
 from library.generation.prompts import PromptLine, read_prompts
 from library.models.files.hub import looks_like_hub_id
@@ -57,9 +57,7 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     check_memory(settings)
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
     check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
-    masked = settings[DatasetOptions].masked_loss or any(
-        subset.images.alpha_mask for dataset in datasets for subset in dataset.subsets
-    )
+    masked = settings[DatasetOptions].masked_loss or with_alpha_masks(datasets)
     settings[ObjectiveOptions].check(settings[ModelOptions], masked=masked)
     if dry:
         datasets = tuple(without_index(dataset) for dataset in datasets)

@@ -87,7 +87,8 @@ class Validator:
         """Of what is looked at, and of the loss: values of different fingerprints do not compare."""
         seen = sorted((item.seed, *plan.bucket) for plan in self.batches for item in plan.items)
         loss = self.step.objective.fingerprint
-        return address(len(RANGES), *(number for image in seen for number in image), *loss)
+        masks = ["masks"] if self.dataset.uses_masks else []
+        return address(len(RANGES), *(number for image in seen for number in image), *loss, *masks)
 
     def measure(self) -> ValidationLoss:
         """The loss now; all processes take part and get the same. Weights, modes and global generators stay as they
