@@ -89,7 +89,6 @@ def setup(log_file: Path | None) -> None:
 
     May be called again, for another file. Raises UserError if the file cannot be written.
     """
-    _said.clear()
     _log_file.open(log_file if rank() == 0 else None)
     for handler in (_log_file, _chosen_file):
         logging.getLogger().addHandler(handler)  # a second time does nothing
@@ -97,8 +96,9 @@ def setup(log_file: Path | None) -> None:
 
 
 def configure(options: "ConsoleOptions") -> None:
-    """Show and keep what the user wants. Raises UserError if the file cannot be written."""
+    """Show and keep what the user wants, from the beginning. Raises UserError if the file cannot be written."""
     global plain
+    _said.clear()
     plain = options.console_log_simple
     level = options.console_log_level or "INFO"
     _console.setLevel(min(logging.getLevelName(level), logging.ERROR))  # why a program stops is always said

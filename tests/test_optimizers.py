@@ -13,11 +13,11 @@ from library.training import optimizers
 from library.training.methods.base import ParameterGroup
 from library.training.movement import Movement
 from library.training.optimizers import (
-    check_optimizer,
     described,
     import_optimizer,
     make_optimizer,
     name_of,
+    probe_optimizer,
     try_optimizer,
 )
 from tests.quadratic import leaves, optimizer_of, options, step, weights
@@ -106,7 +106,7 @@ def test_files_tell_the_arguments():
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
     with pytest.raises(UserError) as mistake:
-        check_optimizer(options("Lion"))
+        probe_optimizer(options("Lion"))
     assert str(mistake.value) == "--optimizer_type Lion needs the package lion-pytorch: pip install lion-pytorch"
 
 
@@ -115,20 +115,20 @@ def test_what_a_package_itself_needs_is_named(monkeypatch, tmp_path):
     forget(monkeypatch, "schedulefree")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"needs the package nothing_of_that_name: pip install nothing_of_that_name$"):
-        check_optimizer(options("AdamWScheduleFree"))
+        probe_optimizer(options("AdamWScheduleFree"))
     (tmp_path / "schedulefree.py").write_text("")
     forget(monkeypatch, "schedulefree")
     with pytest.raises(UserError, match=r"the installed schedulefree does not work .* --upgrade schedulefree$"):
-        check_optimizer(options("AdamWScheduleFree"))
+        probe_optimizer(options("AdamWScheduleFree"))
 
 
 def test_packages_are_imported_only_when_asked_for(monkeypatch):
     packages = ("prodigyopt", "schedulefree", "dadaptation", "lion_pytorch")
     for package in packages:
         forget(monkeypatch, package)
-    check_optimizer(OptimizerOptions())
+    probe_optimizer(OptimizerOptions())
     assert not set(packages) & sys.modules.keys()
-    check_optimizer(OptimizerOptions(optimizer_type="PRODIGY"))
+    probe_optimizer(OptimizerOptions(optimizer_type="PRODIGY"))
     assert set(packages) & sys.modules.keys() == {"prodigyopt"}
 
 
@@ -136,20 +136,21 @@ def test_optimizers_do_not_print(monkeypatch, capfd):
     console.setup(None)
     with open(1, "w", closefd=False) as stdout:  # pytest's own does not write to the descriptor
         monkeypatch.setattr(sys, "stdout", stdout)
-        check_optimizer(options("Prodigy", "weight_decay=0.1"))
+        probe_optimizer(options("Prodigy", "weight_decay=0.1"))
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("its_own.Missing", "--optimizer_type: its_own has no Missing, did you mean Mising?"),
+        ("its_own.Missing", "--optimizer_type its_own.Missing: its_own has no Missing, did you mean Mising?"),
         ("its_own.Mising", "--optimizer_type: its_own.Mising is no optimizer of PyTorch"),
         ("its_own.Needy", "--optimizer_args: Needy needs size (it takes size, depth)"),
         ("its_own.Failing", "--optimizer_type its_own.Failing cannot take a step here: no way"),
         ("its_own.Odd", "--optimizer_type its_own.Odd cannot be resumed: its state.state.0.set holds a set, which no"),
-        ("its_own.deeper.Own", "--optimizer_type: there is no module its_own.deeper"),
+        ("its_own.deeper.Own", "--optimizer_type its_own.deeper.Own: there is no module its_own.deeper"),
         ("no_such.Own", "--optimizer_type no_such.Own needs the package no_such: pip install no_such"),
+        ("odd.Own", "--optimizer_type odd.Own: the installed odd does not work (no attribute): pip install --upgrade"),
         ("loud.Own", "--optimizer_type loud.Own: the installed loud does not work (3): pip install --upgrade loud"),
         ("LBFGS", "--optimizer_type LBFGS cannot take a step here: LBFGS.step() missing 1 required positional"),
         ("SparseAdam", "--optimizer_type SparseAdam cannot take a step here: SparseAdam does not support dense grad"),
@@ -168,7 +169,8 @@ def test_what_cannot_be_used_is_said_in_one_sentence(name, reason, monkeypatch, 
     )
     (tmp_path / "loud.py").write_text("import os\nos.system('echo hello')\nraise SystemExit(3)")
     monkeypatch.syspath_prepend(tmp_path)
-    for module in ("its_own", "loud"):
+    (tmp_path / "odd.py").write_text("raise AttributeError('no attribute')")
+    for module in ("its_own", "loud", "odd"):
         forget(monkeypatch, module)
     with pytest.raises(UserError) as mistake:
         try_optimizer(OptimizerOptions(optimizer_type=name), CPU, spread=False)
@@ -190,7 +192,6 @@ def test_what_cannot_be_used_is_said_in_one_sentence(name, reason, monkeypatch, 
         ("DAdaptSGD", "moment=0.9", "DAdaptSGD takes no moment, did you mean momentum?"),
         ("SGDNesterov8bit", "momentum=0", "SGD8bit refuses them: SGD without momentum is not supported!"),
         ("SGDNesterov", "dampening=0.1", "SGD refuses them: Nesterov momentum requires a momentum and zero dampening"),
-        ("AdaFactor", "relative_step=False warmup_init=True", "Adafactor refuses them: `warmup_init=True` requires"),
         ("AdamWScheduleFree", "betas=0,.999", "AdamWScheduleFree refuses them: the first of betas has to be between"),
         ("AdamWScheduleFree", "betas=.9", "AdamWScheduleFree refuses them: "),
         ("bitsandbytes.optim.LAMB", "weight_deca=1", "LAMB takes no weight_deca, did you mean weight_decay?"),
@@ -198,7 +199,7 @@ def test_what_cannot_be_used_is_said_in_one_sentence(name, reason, monkeypatch, 
 )
 def test_wrong_arguments_are_refused_before_the_first_step(name, argument, reason):
     with pytest.raises(UserError) as mistake:
-        check_optimizer(options(name, *argument.split()))
+        probe_optimizer(options(name, *argument.split()))
     assert str(mistake.value).startswith(f"--optimizer_args: {reason}")
 
 
@@ -226,7 +227,7 @@ def test_arguments_that_are_passed_on_are_those_of_the_class_behind(monkeypatch)
     (group, _) = optimizer_of(weights(), options("torch.optim.Before", "power=3")).param_groups
     assert group["power"] == 3
     with pytest.raises(UserError, match=r"Before takes no powr, did you mean power\? \(it takes size, power\)$"):
-        check_optimizer(options("torch.optim.Before", "powr=3"))
+        probe_optimizer(options("torch.optim.Before", "powr=3"))
 
 
 def test_what_is_added_is_said(said):
@@ -238,6 +239,12 @@ def test_what_is_added_is_said(said):
     (group, _) = optimizer_of(parameters, options("SGDNesterov", "momentum=0.5")).param_groups
     assert group["momentum"] == 0.5
     assert said == ["SGDNesterov has nesterov=True unless --optimizer_args says otherwise"]
+    said.clear()
+    (group, _) = optimizer_of(parameters, options("AdaFactor", "relative_step=False", "warmup_init=True")).param_groups
+    assert group["relative_step"]
+    assert (
+        said[0] == "--optimizer_args: AdaFactor has relative_step=True all the same, because warmup_init=True needs it"
+    )
     said.clear()
     optimizer_of(parameters, options("PagedAdamW"))
     assert said == ["PagedAdamW keeps its state where it is on the CPU: paging is for the memory of GPUs"]
@@ -273,6 +280,22 @@ def test_parts_with_the_same_rate_find_one_together(name):
     plain = import_optimizer(options(name))([{"params": others[:1]}, {"params": others[1:]}], lr=1.0, **d0)
     step(others, plain, range(6))
     assert all(map(torch.equal, parameters, others))
+
+
+@pytest.mark.parametrize("name", ADAPTING)
+def test_parts_whose_rates_become_equal_keep_their_own_estimates(name):
+    """As with --resume_new_learning_rate."""
+    parameters = weights()
+    optimizer = optimizer_of(parameters, options(name), (0.1, 3.0))
+    step(parameters, optimizer, range(6))
+    before = [group["d"] for group in optimizer.param_groups]
+    assert before[0] != before[1]
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 1.0
+    step(parameters, optimizer, range(6, 7))
+    after = [group["d"] for group in optimizer.param_groups]
+    assert after[0] != after[1]
+    assert all(new >= old for new, old in zip(after, before, strict=True))
 
 
 @pytest.mark.parametrize("name", [*ADAPTING, "AdaFactor"])
@@ -326,7 +349,7 @@ def test_a_rate_that_was_meant_for_others_is_warned_of(said, rate, result):
         make_optimizer(options(name), [ParameterGroup("unet", weights(), rate)])
         assert [f"it will learn {result}" in one for one in said] == ([True] if result else [])
     make_optimizer(options("AdamW"), [ParameterGroup("unet", weights(), rate)])
-    check_optimizer(OptimizerOptions(optimizer_type="prodigy", learning_rate=1e-6))  # the parts may have their own
+    probe_optimizer(OptimizerOptions(optimizer_type="prodigy", learning_rate=1e-6))  # the parts may have their own
     assert len(said) == bool(result)
 
 
@@ -336,10 +359,10 @@ def test_what_becomes_of_rates_is_said(said):
     optimizer_of(weights(), options("AdaFactor", "relative_step=False"))
     optimizer_of(weights(), options("AdaFactor", "relative_step=False", max_grad_norm=0.0))
     assert said == [
-        "Prodigy finds a learning rate for each part, times the one given: first 0.5, rest 1",
+        "Prodigy finds a learning rate for each part, times the one given (first 0.5, rest 1): what comes out need not "
+        "be in that ratio",
         "AdaFactor chooses the learning rate itself (relative_step=True), so that those given (first 0.01, rest 0.01) "
         "have no effect unless they are 0; relative_step=False in --optimizer_args lets them",
-        "AdaFactor limits its steps itself, so that --max_grad_norm 0 is usual with relative_step=False",
     ]
 
 

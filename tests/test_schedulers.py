@@ -95,6 +95,11 @@ def test_further_arguments_of_courses():
         ({"lr_scheduler": "piecewise_constant"}, "piecewise_constant needs --lr_scheduler_args step_rules="),
         ({"lr_scheduler": "piecewise_constant", "args": ("step_rules=1:x,2",)}, "needs .* step_rules="),
         ({"lr_scheduler": "polynomial", "args": ("lr_ende=0",)}, "takes no lr_ende, did you mean lr_end"),
+        (
+            {"lr_scheduler": "cosine_with_min_lr", "min_lr_ratio": 1.5},
+            "--lr_scheduler_min_lr_ratio: 1.5 is more than 1",
+        ),
+        ({"type": "..foo"}, "--lr_scheduler_type: ..foo is written neither as a class of"),
         ({"args": ("gamma",)}, "'gamma' is not written as name=value"),
     ],
 )
@@ -109,9 +114,12 @@ def test_wrong_options_are_refused_before_torch(values, sentence):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"type": "CosineAnnealing"}, "torch.optim.lr_scheduler has no such scheduler, did you mean CosineAnnealingLR"),
+        (
+            {"type": "CosineAnnealing"},
+            "torch.optim.lr_scheduler has no CosineAnnealing, did you mean CosineAnnealingLR",
+        ),
         ({"type": "not_there.Scheduler"}, "needs the package not_there"),
-        ({"type": "torch.optim.AdamW"}, "torch.optim has no such scheduler"),
+        ({"type": "torch.optim.AdamW"}, "torch.optim.AdamW is no scheduler of PyTorch"),
         ({"type": "ReduceLROnPlateau"}, "ReduceLROnPlateau follows metrics, which is not measured in every step"),
         ({"type": "StepLR"}, r"--lr_scheduler_args: StepLR needs step_size \(it takes step_size, gamma\)"),
         ({"type": "StepLR", "args": ("step_sice=3",)}, r"takes no step_sice, did you mean step_size\? \(it takes"),
@@ -123,6 +131,18 @@ def test_wrong_options_are_refused_before_torch(values, sentence):
 def test_wrong_classes_and_arguments_are_named_before_anything_is_loaded(values, sentence):
     with pytest.raises(UserError, match=sentence):
         check_scheduler(options(**values), OPTIMIZER)
+
+
+def test_a_module_that_fails_at_import_is_named(monkeypatch, tmp_path):
+    (tmp_path / "their_failing_rates.py").write_text("raise RuntimeError('no\\nway')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"^--lr_scheduler_type their_failing_rates\.Own: the installed .* \(no way\)"):
+        check_scheduler(options(type="their_failing_rates.Own"), OPTIMIZER)
+
+
+def test_an_optimizer_that_takes_matrices_alone_is_tried_with_one():
+    for check in (check_scheduler, lambda *arguments: check_length(*arguments, 10)):
+        check(options(lr_scheduler="cosine"), OptimizerOptions(optimizer_type="Muon"))
 
 
 def test_a_class_of_somebody_elses(monkeypatch, tmp_path):
@@ -217,6 +237,21 @@ def test_a_scheduler_that_ends_before_the_run_is_refused():
     check_length(chosen, OPTIMIZER, 8)
     with pytest.raises(UserError, match="OneCycleLR cannot go on after step 9 of 12: Tried to step 9 times"):
         check_length(chosen, OPTIMIZER, 12)
+
+
+def test_a_run_without_a_rate_is_refused():
+    chosen = options(lr_scheduler="piecewise_constant", args=("step_rules=0:100,1",))
+    check_length(chosen, OPTIMIZER, 101)
+    with pytest.raises(UserError, match="the learning rate is 0 from step 1 to the end"):
+        check_length(chosen, OPTIMIZER, 100)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_first_step_that_is_skipped_is_no_news():
+    """As when fp16 gradients overflow."""
+    run = Run(options(lr_scheduler="linear"), 10)
+    run.scheduler.step()
+    assert run.scheduler.get_last_lr() == pytest.approx([0.9 * rate for rate in RATES])
 
 
 # optimizers with a course of their own

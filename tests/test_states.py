@@ -312,7 +312,7 @@ OLD = {
 
 
 def test_each_file_of_a_state_is_checked(tmp_path, train, flags, capsys):
-    train(flags(tmp_path / "out", **OLD, max_train_steps=1, save_state=True))
+    train(flags(tmp_path / "out", **OLD, max_train_steps=2, save_state=True))
     for name, sign in (
         (states.TRAINED, "is damaged: its contents do not have the hash"),
         (states.TENSORS, "is damaged: its contents do not have the hash"),

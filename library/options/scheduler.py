@@ -92,12 +92,22 @@ class SchedulerOptions:
     def __post_init__(self) -> None:
         keywords = self.keywords
         if self.lr_scheduler_type:
+            if not all(map(str.isidentifier, self.lr_scheduler_type.split("."))):
+                raise UserError(
+                    f"--lr_scheduler_type: {self.lr_scheduler_type} is written neither as a class of "
+                    "torch.optim.lr_scheduler nor as module.Class"
+                )
             return
         if self.lr_scheduler not in LR_SCHEDULERS:
             *names, last = LR_SCHEDULERS
             raise UserError(
                 f"--lr_scheduler: {self.lr_scheduler} is not available, choose {', '.join(names)} or {last}"
                 f"{suggest(self.lr_scheduler, LR_SCHEDULERS)}"
+            )
+        if _LOWEST in LR_SCHEDULERS[self.lr_scheduler].flags and (self.lr_scheduler_min_lr_ratio or 0) > 1:
+            raise UserError(
+                f"--lr_scheduler_min_lr_ratio: {self.lr_scheduler_min_lr_ratio:g} is more than 1, and the lowest rate "
+                "cannot be above the highest"
             )
         known = LR_SCHEDULERS[self.lr_scheduler].arguments
         for name in keywords if known else ():

@@ -25,10 +25,11 @@ def by_rate(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
         groups, plain = self.param_groups, kind.step
         if getattr(plain, "hooked", False):
             plain = plain.__wrapped__  # this step's hooks have been called
+        failing = [ZeroDivisionError] if kind.__name__ == "DAdaptSGD" else []  # by a first gradient that is 0
         try:
             for part in _parts(groups):
                 self.param_groups = part
-                with contextlib.suppress(ZeroDivisionError):  # of DAdaptSGD, by a first gradient that is 0
+                with contextlib.suppress(*failing):
                     plain(self)
         finally:
             self.param_groups = groups
@@ -38,9 +39,12 @@ def by_rate(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
 
 
 def _parts(groups: list[Group]) -> list[list[Group]]:
-    """The groups that move, those together whose rates are the same by the flags and after the scheduler."""
-    parts: dict[tuple[float, float], list[Group]] = {}
+    """The groups that move, those together whose rates are the same by the flags and after the scheduler, unless they
+    have found different d while they were not.
+    """
+    parts: dict[tuple[float, float, float], list[Group]] = {}
     for group in groups:
         if group["lr"] > 0:
-            parts.setdefault((group.get("initial_lr", group["lr"]), group["lr"]), []).append(group)
+            key = (group.get("initial_lr", group["lr"]), group["lr"], group["d"])
+            parts.setdefault(key, []).append(group)
     return list(parts.values())

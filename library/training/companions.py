@@ -126,7 +126,7 @@ def go_on(run: Outlook, state: TrainState, motion: Motion, tracker: Tracker) -> 
 def watch(run: Outlook, method: Method, step: TrainingStep, motion: Motion) -> tuple[Tracker, Continued]:
     """The log and the progress bar, and first what is going to be trained on."""
     summary = summarise(run.table, run.plans.datasets, run.plan, run.settings[TrainingOptions].total_steps)
-    run.accelerator.print(before_training(summary, run.progress, motion.groups, run.accelerator))
+    run.accelerator.print(before_training(summary, run.progress, motion.groups, motion.optimizer, run.accelerator))
     log = open_log(run.settings, method.log_name, run.accelerator, run.progress, run.log)
     importance_of = step.objective.timesteps.importance
     tracker = Tracker(

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from library.errors import UserError
+
 WALKED = 100_000
 """Further steps of a scheduler that has to be walked through are not looked at beforehand."""
 
@@ -20,7 +22,6 @@ class Spare(torch.optim.Optimizer):
         super().__init__(
             [{"params": [nn.Parameter(torch.zeros(()))], "lr": rate} for rate in rates], dict(optimizer.defaults)
         )
-        self._opt_called = True  # or schedulers would warn that they go first
 
     def step(self, closure: Any = None) -> None:
         pass
@@ -61,10 +62,11 @@ def put_at(scheduler: LRScheduler, place: int) -> None:
     its way is then the same to the last bit.
     """
     if isinstance(scheduler, LambdaLR):
-        scheduler.last_epoch, scheduler._step_count = place, place + 1
-        scheduler._last_lr = rates_at(scheduler, place)
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate
+        rates = rates_at(scheduler, place)
+        at_place = {"last_epoch": place, "_step_count": place + 1, "_last_lr": rates}
+        scheduler.load_state_dict(scheduler.state_dict() | at_place)  # steps would take long to a far place
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # which a scheduler's state does not bring back
         return
     for _ in range(place):
         scheduler.step()
@@ -73,9 +75,19 @@ def put_at(scheduler: LRScheduler, place: int) -> None:
 def take_over(scheduler: LRScheduler, other: LRScheduler) -> None:
     """Make a scheduler, and what it has set in its optimizer's groups, the same as a spare one of its kind."""
     if isinstance(scheduler, LambdaLR):
-        scheduler.lr_lambdas = other.lr_lambdas
+        scheduler.lr_lambdas = other.lr_lambdas  # functions are not in its state
     scheduler.load_state_dict(copy.deepcopy(other.state_dict()))
     usual = other.optimizer.defaults
     for group, theirs in zip(scheduler.optimizer.param_groups, other.optimizer.param_groups, strict=True):
         changed = {name for name, value in theirs.items() if name not in usual or usual[name] is not value}
         group |= {name: theirs[name] for name in (changed - {"params"}) | {"lr"}}
+
+
+def require_rates(scheduler: LRScheduler, step: int, total_steps: int) -> None:
+    """UserError if all rates are 0 from where a spare scheduler is, after that step, to the end of the run."""
+    left = total_steps - step
+    if left > 0 and not any(any(rates) for rates in itertools.islice(course(scheduler), left)):
+        raise UserError(
+            f"nothing is left to learn: the learning rate is 0 from step {step + 1} to the end, raise "
+            "--max_train_steps or choose another --lr_scheduler"
+        )

@@ -72,7 +72,7 @@ def show_run(run: Outlook, method: Method) -> None:
     sizes = estimate(run, method, model, trained, groups)
     summary = summarise(run.table, run.plans.datasets, run.plan, run.settings[TrainingOptions].total_steps)
     lines = [
-        before_training(summary, run.progress, groups, run.accelerator),
+        before_training(summary, run.progress, groups, optimizer, run.accelerator),
         *_of_memory(run, sizes),
         "",
         *_of_files(run, method, sizes),

@@ -1,7 +1,6 @@
 """Optimizers by name, their learning rates, and their state."""
 
 import functools
-import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from library.console import notice, quiet_dependencies, warn
-from library.errors import UserError, suggest
+from library.errors import UserError
 from library.options.optimizer import OPTIMIZERS, TORCH_OPTIMIZERS, OptimizerOptions
 from library.training.apart import by_rate
-from library.training.arguments import literal_keywords, takes
+from library.training.arguments import literal, literal_keywords, takes
+from library.training.classes import import_class, reason
 from library.training.methods.base import ParameterGroup
 from library.training.packing import pack
 
@@ -35,29 +35,37 @@ def make_optimizer(options: OptimizerOptions, groups: list[ParameterGroup]) -> t
     optimizer = _make(options, groups)
     given, added = options.optimizer_keywords, options.source.arguments
     shown = [f"{name}={value}" for name, value in added.items() if name not in given]
-    if shown:
+    if shown and not finds_steps(optimizer):
         notice(f"{options.optimizer} has {' and '.join(shown)} unless --optimizer_args says otherwise")
     rates = {group.learning_rate for group in groups if group.learning_rate > 0}
     named = ", ".join(f"{group.name} {group.learning_rate:g}" for group in groups)
     if options.source.adapts_rate:
         _check_factors(options.optimizer, rates)
         if len(rates) > 1:
-            notice(f"{options.optimizer} finds a learning rate for each part, times the one given: {named}")
+            notice(
+                f"{options.optimizer} finds a learning rate for each part, times the one given ({named}): what comes "
+                "out need not be in that ratio"
+            )
+    if _needs_steps(options):
+        notice("--optimizer_args: AdaFactor has relative_step=True all the same, because warmup_init=True needs it")
     if finds_steps(optimizer):
         notice(
             f"{options.optimizer} chooses the learning rate itself (relative_step=True), so that those given ({named}) "
             "have no effect unless they are 0; relative_step=False in --optimizer_args lets them"
         )
-    elif options.optimizer == "AdaFactor" and options.clip_norm:
-        notice("AdaFactor limits its steps itself, so that --max_grad_norm 0 is usual with relative_step=False")
     if options.optimizer.startswith("Paged") and groups[0].parameters[0].device.type == "cpu":
         notice(f"{options.optimizer} keeps its state where it is on the CPU: paging is for the memory of GPUs")
     return optimizer
 
 
-def check_optimizer(options: OptimizerOptions) -> None:
-    """UserError for a missing package and for arguments that the optimizer does not take, before anything is loaded."""
-    _make(options, [_probe(options, (2, 2))])
+def probe_optimizer(
+    options: OptimizerOptions, shape: tuple[int, ...] = (2, 2), device: torch.device | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over one parameter of its own, to try things on. UserError for a missing package and for arguments
+    that it does not take.
+    """
+    parameter = nn.Parameter(torch.ones(shape, device=device))
+    return _make(options, [ParameterGroup("", [parameter], options.learning_rate or 1.0)])
 
 
 def try_optimizer(options: OptimizerOptions, device: torch.device, *, spread: bool) -> None:
@@ -78,19 +86,15 @@ def try_optimizer(options: OptimizerOptions, device: torch.device, *, spread: bo
 
 def _stepped(options: OptimizerOptions, shape: tuple[int, ...], device: torch.device) -> torch.optim.Optimizer:
     """An optimizer after a step with one parameter. UserError if it fails."""
-    group = _probe(options, shape, device)
-    optimizer = _make(options, [group])
-    group.parameters[0].grad = torch.ones_like(group.parameters[0])
+    optimizer = probe_optimizer(options, shape, device)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    parameter.grad = torch.ones_like(parameter)
     try:
         with quiet_dependencies():
             optimizer.step()
     except Exception as error:  # whatever a class of other people's raises
-        raise UserError(f"--optimizer_type {options.optimizer} cannot take a step here: {_reason(error)}") from error
+        raise UserError(f"--optimizer_type {options.optimizer} cannot take a step here: {reason(error)}") from error
     return optimizer
-
-
-def _probe(options: OptimizerOptions, shape: tuple[int, ...], device: torch.device | None = None) -> ParameterGroup:
-    return ParameterGroup("", [nn.Parameter(torch.ones(shape, device=device))], options.learning_rate or 1.0)
 
 
 def _make(options: OptimizerOptions, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
@@ -113,17 +117,20 @@ def _make(options: OptimizerOptions, groups: list[ParameterGroup]) -> torch.opti
         mistaken = f"--optimizer_args: {kind.__name__} refuses them"
         if not options.optimizer_keywords:
             mistaken = f"--optimizer_type {options.optimizer} cannot be used"
-        raise UserError(f"{mistaken}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{mistaken}: {reason(error)}") from error
 
 
 def keywords_of(options: OptimizerOptions, kind: type) -> dict[str, Any]:
     """--optimizer_args as Python values, and what this optimizer needs besides."""
-    return {**options.source.arguments, **literal_keywords(kind, options.optimizer_keywords)}
+    keywords = {**options.source.arguments, **literal_keywords(kind, options.optimizer_keywords)}
+    return keywords | {"relative_step": True} if _needs_steps(options) else keywords
+
+
+def _needs_steps(options: OptimizerOptions) -> bool:
+    """Whether AdaFactor is asked for the warm-up of its own steps, but not for these."""
+    given = {name: literal(text) for name, text in options.optimizer_keywords.items()}
+    contrary = given.get("warmup_init") is True and given.get("relative_step", True) is not True
+    return options.optimizer == "AdaFactor" and contrary
 
 
 def _start_averaging(optimizer: torch.optim.Optimizer) -> None:
@@ -136,24 +143,9 @@ def _start_averaging(optimizer: torch.optim.Optimizer) -> None:
 def import_optimizer(options: OptimizerOptions) -> type[torch.optim.Optimizer]:
     """The class of --optimizer_type. UserError if its package is missing or does not work."""
     name, source = options.optimizer, options.source
-    try:
-        with quiet_dependencies():
-            module = importlib.import_module(source.module)
-            kind = getattr(module, source.name)
-    except ModuleNotFoundError as error:
-        itself = source.module.startswith(error.name or source.module)  # rather than something it needs
-        if itself and "." in (error.name or "") and name not in OPTIMIZERS:
-            raise UserError(f"--optimizer_type: there is no module {error.name}") from error
-        package = source.package if itself else error.name
-        raise UserError(f"--optimizer_type {name} needs the package {package}: pip install {package}") from error
-    except (Exception, SystemExit) as error:  # a module may do anything while it is imported
-        if isinstance(error, AttributeError) and name not in OPTIMIZERS:
-            like = suggest(source.name, dir(module))
-            raise UserError(f"--optimizer_type: {source.module} has no {source.name}{like}") from error
-        raise UserError(
-            f"--optimizer_type {name}: the installed {source.package} does not work ({_reason(error)}): "
-            f"pip install --upgrade {source.package}"
-        ) from error
+    kind = import_class(
+        f"--optimizer_type {name}", source.module, source.name, source.package, listed=name in OPTIMIZERS
+    )
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise UserError(f"--optimizer_type: {name} is no optimizer of PyTorch")
     return kind

@@ -27,7 +27,7 @@ from library.training.accelerator import make_accelerator
 from library.training.base_model import Script, inspect_base_model, prediction_for
 from library.training.logs import Continued
 from library.training.methods.base import Method
-from library.training.optimizers import check_optimizer, try_optimizer
+from library.training.optimizers import try_optimizer
 from library.training.precision import Precision
 from library.training.preflight import Plans
 from library.training.schedulers import check_length, check_scheduler
@@ -64,7 +64,6 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
     info = inspect_base_model(settings, script)
     prediction = prediction_for(settings[ModelOptions], info)
     check_resolutions(plans.datasets, info.latents.step)
-    check_optimizer(settings[OptimizerOptions])
     check_scheduler(settings[SchedulerOptions], settings[OptimizerOptions])
     target = plans.output_dir / settings[SaveOptions].name
     method.settle_output(info, target)

@@ -54,11 +54,14 @@ class Provenance:
         self.started_at = time.time()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"session_id": self.session_id, "started_at": self.started_at}
+        return {"session_id": self.session_id, "started_at": self.started_at, "optimizer": self.optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A run that goes on is still the same."""
+        """A run that goes on is still the same, and its optimizer, if it is of the same class, keeps its arguments."""
         self.session_id, self.started_at = state["session_id"], state["started_at"]
+        before = state.get("optimizer", "")
+        if before.partition("(")[0] == self.optimizer.partition("(")[0]:
+            self.optimizer = before
 
     def __call__(self, progress: Progress) -> dict[str, str]:
         batch_sizes = [dataset.batch_size for dataset in self.datasets]

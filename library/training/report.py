@@ -1,5 +1,6 @@
 """What the user is shown before and after training."""
 
+import torch
 from accelerate import Accelerator
 
 from library.data.report.summary import Summary
@@ -12,6 +13,7 @@ def before_training(
     summary: Summary,
     progress: Progress,
     groups: list[ParameterGroup],
+    optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
 ) -> str:
     """What will be trained on, for how long, and how fast it is learned."""
@@ -22,9 +24,10 @@ def before_training(
         str(summary),
         f"in all: {progress.total_steps} optimizer steps in {epochs} on {accelerator.device}{processes}",
     ]
-    for group in groups:
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
         count = sum(parameter.numel() for parameter in group.parameters)
-        lines.append(f"trained: {group.name}, {count:,} parameters, learning rate {group.learning_rate:g}")
+        rate = "of its own" if own.get("relative_step") else f"{group.learning_rate:g}"
+        lines.append(f"trained: {group.name}, {count:,} parameters, learning rate {rate}")
     return "\n".join([*lines, ""])
 
 

@@ -1,11 +1,11 @@
 """Going on with a run: where it starts, and how everything gets back into its place."""
 
 import functools
-import itertools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -16,7 +16,7 @@ from library.options.base import options_of
 from library.options.resume import ResumeOptions
 from library.options.scheduler import SchedulerOptions
 from library.training import engines, foreign_state, together
-from library.training.courses import course, put_at, sample, take_over
+from library.training.courses import course, put_at, require_rates, sample, take_over
 from library.training.differences import say_differences, what_does_not_fit
 from library.training.optimizers import finds_steps, load_optimizer
 from library.training.packing import check_shapes
@@ -149,6 +149,8 @@ def restore(
         saved = foreign_state.objects(resumed.folder, state.facts["optimizer"], state.progress.step)
     if resumed.ours and resumed.facts.get("optimizer") != state.facts["optimizer"]:
         saved.pop("optimizer", None)
+    elif "optimizer_args" in (before := resumed.facts.get("settings", {})):
+        state.facts["settings"]["optimizer_args"] = before["optimizer_args"]  # the optimizer keeps them
     _restore_optimizer(saved.pop("optimizer", None), resumed, state, motion)
     others = _restore_curve(saved.pop("scheduler", None), resumed, state, motion, options, new_rates=new_rates)
     for name, thing in state.objects.items():
@@ -191,17 +193,27 @@ def _restore_curve(
     total = state.progress.total_steps
     make = functools.partial(planned, options, motion.optimizer, rates)
     ahead = make(total)
-    restore_scheduler(motion.scheduler, ahead, place, None if are_new else saved)
-    _require_rates(ahead, state.progress)
     old, new = resumed.facts.get("settings", {}), state.facts["settings"]
     own = {option.name for option in options_of(SchedulerOptions)} & old.keys()
-    differs = are_new or any(old[name] != new[name] for name in own)
+    others = any(old[name] != new[name] for name in own)
+    if others and old.get("lr_scheduler_type"):
+        _forget_momentum(motion.optimizer)
+    restore_scheduler(motion.scheduler, ahead, place, None if are_new else saved)
+    require_rates(ahead, state.progress.step, total)
+    differs = are_new or others
     before = resumed.progress.get("total_steps", total)
     if before != total:
         _say_if_curve_differs(make(before), make(total), place, total)
         shared = total if isinstance(ahead, LambdaLR) else min(before, total)  # classes may refuse more steps
         differs |= sample(make(before), shared, _COMPARED) != sample(make(total), shared, _COMPARED)
     return differs
+
+
+def _forget_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give the groups their own momentum again, which some classes of schedulers set together with the rate."""
+    own = {name: optimizer.defaults[name] for name in ("betas", "momentum") if name in optimizer.defaults}
+    for group in optimizer.param_groups:
+        group |= own
 
 
 def _restore_rates(motion: "Motion", new_rates: bool) -> bool:
@@ -211,6 +223,8 @@ def _restore_rates(motion: "Motion", new_rates: bool) -> bool:
     are_new = False
     for group, mine in zip(motion.optimizer.param_groups, motion.groups, strict=True):
         old = group.setdefault("asked_rate", group.get("initial_lr", group["lr"]))
+        if group.get("relative_step") and mine.learning_rate:
+            continue  # it has no effect
         if old != mine.learning_rate and new_rates:
             notice(f"{mine.name} learns at {mine.learning_rate:g} from here on, and did at {old:g}")
             group["asked_rate"] = mine.learning_rate
@@ -235,16 +249,6 @@ def restore_scheduler(
     if not all(map(math.isclose, before, rates)):
         shown = [", ".join(f"{rate:.3g}" for rate in values) for values in (rates, before)]
         notice(f"the learning rate goes on at {shown[0]}, not {shown[1]}, as the curve of these flags says")
-
-
-def _require_rates(ahead: LRScheduler, progress: Progress) -> None:
-    """UserError if the rest of the curve, from where a spare scheduler is, is zero."""
-    left = progress.total_steps - progress.step
-    if left > 0 and not any(any(rates) for rates in itertools.islice(course(ahead), left)):
-        raise UserError(
-            f"nothing is left to learn: the learning rate is 0 from step {progress.step + 1} to the end, raise "
-            "--max_train_steps or choose another --lr_scheduler"
-        )
 
 
 def _say_if_curve_differs(old: LRScheduler, new: LRScheduler, place: int, total_steps: int) -> None:

@@ -1,6 +1,5 @@
 """Learning rates over time."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,13 +12,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import optimization as of_transformers
 
 from library.console import notice, quiet_dependencies, warn
-from library.errors import UserError, suggest
+from library.errors import UserError
 from library.options.optimizer import OptimizerOptions
 from library.options.scheduler import LR_SCHEDULERS, SchedulerOptions
 from library.training.arguments import literal, literal_keywords
-from library.training.courses import WALKED, Spare
-from library.training.methods.base import ParameterGroup
-from library.training.optimizers import finds_steps, make_optimizer
+from library.training.classes import import_class
+from library.training.courses import WALKED, Spare, require_rates
+from library.training.optimizers import finds_steps, probe_optimizer
 from library.training.packing import pack
 
 _LOWEST_OF_POLYNOMIAL = 1e-7
@@ -71,9 +70,10 @@ def settle(options: SchedulerOptions, optimizer: torch.optim.Optimizer) -> Sched
 
 
 def check_scheduler(options: SchedulerOptions, optimizing: OptimizerOptions) -> None:
-    """UserError for a scheduler that cannot be had, before anything is loaded; a notice of flags without effect."""
-    # some optimizers warn of rates that are far from 1, and parts may have rates of their own
-    probe = make_optimizer(optimizing, [ParameterGroup("", [nn.Parameter(torch.zeros(1))], 1.0)])
+    """UserError for an optimizer or scheduler that cannot be had, before anything is loaded; a notice of flags without
+    effect.
+    """
+    probe = probe_optimizer(optimizing)
     scheduler = make_scheduler(options, probe, _NOMINAL_STEPS)
     try:
         pack(scheduler.state_dict(), {}, type(scheduler).__name__)
@@ -92,11 +92,15 @@ def check_scheduler(options: SchedulerOptions, optimizing: OptimizerOptions) -> 
 
 
 def check_length(options: SchedulerOptions, optimizing: OptimizerOptions, total_steps: int) -> None:
-    """Say what is odd about the course in a run of that length. UserError if the scheduler ends before the run."""
-    probe = make_optimizer(optimizing, [ParameterGroup("", [nn.Parameter(torch.zeros(1))], 1.0)])
+    """Say what is odd about the course in a run of that length. UserError if the scheduler ends before the run, or if
+    its rates are all 0.
+    """
+    probe = probe_optimizer(optimizing)
     options = settle(options, probe)
     if options.lr_scheduler_type:
         _walk(options, probe, total_steps)
+    require_rates(planned(options, probe, [1.0], total_steps), 0, total_steps)
+    if options.lr_scheduler_type:
         return
     warmup = options.warmup_steps(total_steps) if options.warmup_heard else 0
     if warmup >= total_steps:
@@ -132,6 +136,7 @@ def planned(
 
 
 def _build(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+    optimizer._opt_called = True  # or torch warns where an overflow skips the first step, whose rate counts as taken
     if options.lr_scheduler_type:
         return _of_class(options, optimizer, total_steps)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -224,23 +229,11 @@ def scheduler_class(name: str) -> type[LRScheduler]:
     """The class that --lr_scheduler_type names. UserError if there is none that works with nothing but steps."""
     module, _, own = name.rpartition(".")
     flag = f"--lr_scheduler_type {name}"
-    try:
-        with quiet_dependencies():
-            source = importlib.import_module(module) if module else of_torch
-    except ImportError as problem:
-        package = problem.name or module
-        raise UserError(f"{flag} needs the package {package}, which is not installed or does not work") from problem
-    schedulers = {
-        key: value
-        for key, value in vars(source).items()
-        if isinstance(value, type) and issubclass(value, LRScheduler) and not key.startswith("_")
-    }
-    schedulers.pop("LRScheduler", None)
-    kind = schedulers.get(own) or next((one for key, one in schedulers.items() if key.lower() == own.lower()), None)
-    if kind is None:
-        raise UserError(
-            f"{flag}: {module or 'torch.optim.lr_scheduler'} has no such scheduler{suggest(own, schedulers)}"
-        )
+    if not module:
+        own = next((one for one in vars(of_torch) if one.lower() == own.lower() and one[0].isupper()), own)
+    kind = import_class(flag, module or of_torch.__name__, own)
+    if not (isinstance(kind, type) and issubclass(kind, LRScheduler) and kind is not LRScheduler):
+        raise UserError(f"{flag} is no scheduler of PyTorch")
     wants = [one.name for one in inspect.signature(kind.step).parameters.values() if one.default is one.empty]
     if wants != ["self"]:
         raise UserError(
