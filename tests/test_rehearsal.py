@@ -60,6 +60,7 @@ def of_fine_tuning(pictures, tmp_path) -> dict[str, object]:
     [
         pytest.param({}, marks=pytest.mark.slow),
         {"optimizer_type": "AdamW8bit", "network_dim": 64},
+        {"optimizer_type": "PagedAdamW8bit", "network_dim": 64},
         pytest.param({"optimizer_type": "Prodigy", "learning_rate": 1}, marks=pytest.mark.slow),
         {"optimizer_type": "AdamWScheduleFree"},
         pytest.param({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3}, marks=pytest.mark.slow),

@@ -298,7 +298,9 @@ def test_a_curve_that_a_longer_run_would_not_have_had_is_told_of(run):
     warmup = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": "50%"}
     run("a", **warmup, max_train_steps=4, save_state=True)
     message = run("a", **warmup, max_train_steps=12, resume="latest", save_state=True)
-    assert "the learning rate goes on at 0.00667, 0.00667, not 0.01, 0.01, as the curve of these flags says" in message
+    assert (
+        "the learning rate goes on at 0.00667, by the curve of these flags, and not at 0.01 as in the state" in message
+    )
     assert "one of 12 steps would have had other rates in the first 4, so this one becomes another" in message
 
 
@@ -355,4 +357,7 @@ def test_falling_rates_go_on_and_are_those_of_the_longer_run(curve, fresh_consol
     longer, _ = rates(lambda step: curve(step, 20), 20)
     extended, _ = rates(lambda step: curve(step, 20), 17, saved)
     assert extended == longer[3:]
-    assert re.search(r"the learning rate goes on at 0\.\d+, not 0\.\d+", capsys.readouterr().err)
+    assert re.search(
+        r"the learning rate goes on at 0\.\d+, by the curve of these flags, and not at 0\.\d+",
+        capsys.readouterr().err,
+    )

@@ -118,14 +118,14 @@ def test_wrong_options_are_refused_before_torch(values, sentence):
             {"type": "CosineAnnealing"},
             "torch.optim.lr_scheduler has no CosineAnnealing, did you mean CosineAnnealingLR",
         ),
-        ({"type": "not_there.Scheduler"}, "needs the package not_there"),
+        ({"type": "not_there.Scheduler"}, "there is no module not_there: look at the spelling"),
         ({"type": "torch.optim.AdamW"}, "torch.optim.AdamW is no scheduler of PyTorch"),
-        ({"type": "ReduceLROnPlateau"}, "ReduceLROnPlateau follows metrics, which is not measured in every step"),
+        ({"type": "ReduceLROnPlateau"}, "ReduceLROnPlateau follows metrics, which no step measures"),
         ({"type": "StepLR"}, r"--lr_scheduler_args: StepLR needs step_size \(it takes step_size, gamma\)"),
         ({"type": "StepLR", "args": ("step_sice=3",)}, r"takes no step_sice, did you mean step_size\? \(it takes"),
         ({"type": "StepLR", "args": ("step_size=3", "last_epoch=5")}, "StepLR takes no last_epoch"),
         ({"type": "CosineAnnealingWarmRestarts", "args": ("T_0=-1",)}, "refuses them: Expected positive integer T_0"),
-        ({"type": "LambdaLR"}, "LambdaLR needs lr_lambda"),
+        ({"type": "LambdaLR"}, "LambdaLR is made of functions or other schedulers"),
     ],
 )
 def test_wrong_classes_and_arguments_are_named_before_anything_is_loaded(values, sentence):

@@ -79,6 +79,10 @@ _OTHER_NAMES = {"DAdaptation": "DAdaptAdamPreprint"}
 _SPELLINGS = {name.lower(): name for name in (*OPTIMIZERS, *TORCH_OPTIMIZERS)} | {
     other.lower(): name for other, name in _OTHER_NAMES.items()
 }
+_UNFIT = {
+    "LBFGS": "computes the loss several times in a step",
+    "SparseAdam": "is for gradients that are mostly 0 and stored as such",
+}
 _FLAGS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
 
 
@@ -115,6 +119,8 @@ class OptimizerOptions:
                 f"--optimizer_type: {name} is none of those in --help, no class of torch.optim, and not written as "
                 f"module.Class{suggest(name, _SPELLINGS.values())}"
             )
+        if self.optimizer in _UNFIT:
+            raise UserError(f"--optimizer_type: {self.optimizer} {_UNFIT[self.optimizer]}: choose another")
         parse_key_values(self.optimizer_args or (), "--optimizer_args")
 
     @property

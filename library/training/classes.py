@@ -20,8 +20,10 @@ def import_class(flag: str, module: str, name: str, package: str = "", *, listed
             return getattr(source, name)
     except ModuleNotFoundError as error:
         itself = module.startswith(error.name or module)  # rather than something it needs
-        if itself and "." in (error.name or "") and not listed:
-            raise UserError(f"{flag}: there is no module {error.name}") from error
+        if itself and not listed:
+            raise UserError(
+                f"{flag}: there is no module {error.name or module}: look at the spelling, or install its package"
+            ) from error
         package = package if itself else error.name
         raise UserError(f"{flag} needs the package {package}: pip install {package}") from error
     except (Exception, SystemExit) as error:  # a module may do anything while it is imported

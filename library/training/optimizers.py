@@ -274,10 +274,38 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
                     f"the optimizer's state of parameter {number} is for the shape {list(shape)}, but it has "
                     f"{list(parameter.shape)}"
                 )
+    before = {parameter: optimizer.state.get(parameter, {}) for parameter in parameters}
     optimizer.load_state_dict(dict(state))
     for parameter, entry in zip(parameters, entries.values(), strict=True):
         if entry:
             _put_types_back(optimizer.state[parameter], entry)
+        if getattr(optimizer, "is_paged", False):
+            _page(optimizer, parameter, before[parameter])
+
+
+def _page(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, before: Mapping[str, Any]) -> None:
+    """Move loaded state to where bitsandbytes keeps that of its paged optimizers, which is there `before` if steps were
+    taken: it would else stay in the GPU's memory.
+    """
+    loaded = optimizer.state[parameter]
+    for name in ("state1", "state2"):
+        if name in loaded:
+            place = before[name] if name in before else optimizer.get_state_buffer(parameter, dtype=loaded[name].dtype)
+            loaded[name] = place.copy_(loaded[name])
+
+
+def forget_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer keep what it kept before its first step. Paged memory, which bitsandbytes never gives back, is
+    emptied for the next one.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        optimizer.state.clear()
+        return
+    for entry in optimizer.state.values():
+        entry["step"] = 0
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and not name.startswith("qmap"):  # the numbers that 8 bits stand for
+                value.zero_()
 
 
 def _shapes(entry: Mapping[str, Any]) -> Iterator[torch.Size]:

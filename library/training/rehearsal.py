@@ -25,7 +25,7 @@ from library.training import engines, memory, together
 from library.training.ema import Ema
 from library.training.methods.base import Method
 from library.training.motion import Motion
-from library.training.optimizers import tensors_in
+from library.training.optimizers import forget_steps, tensors_in
 from library.training.outlook import Outlook
 from library.training.packing import raw
 from library.training.placement import on_device
@@ -163,7 +163,7 @@ def _optimizer_as_new(motion: Motion, scaler: torch.amp.GradScaler | None) -> It
     motion.root.zero_grad(set_to_none=True)
     vars(optimizer).clear()
     vars(optimizer).update(attributes)
-    optimizer.state.clear()
+    forget_steps(optimizer)
     for group, before in zip(optimizer.param_groups, groups, strict=True):
         group.clear()
         group.update(before)

@@ -247,8 +247,8 @@ def restore_scheduler(
     take_over(scheduler, ahead)
     rates, before = ahead.get_last_lr(), list(saved["_last_lr"]) if saved else []
     if not all(map(math.isclose, before, rates)):
-        shown = [", ".join(f"{rate:.3g}" for rate in values) for values in (rates, before)]
-        notice(f"the learning rate goes on at {shown[0]}, not {shown[1]}, as the curve of these flags says")
+        now, then = (", ".join(dict.fromkeys(f"{rate:.3g}" for rate in values)) for values in (rates, before))
+        notice(f"the learning rate goes on at {now}, by the curve of these flags, and not at {then} as in the state")
 
 
 def _say_if_curve_differs(old: LRScheduler, new: LRScheduler, place: int, total_steps: int) -> None:

@@ -25,6 +25,7 @@ _LOWEST_OF_POLYNOMIAL = 1e-7
 _GIVEN = ("last_epoch",)
 # Arguments of classes that come from the run where nothing else is said.
 _SOURCES = {"total_steps": "the steps of the run", "T_max": "the steps of the run", "max_lr": "the learning rates"}
+_OF_OTHERS = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler")
 _NOMINAL_STEPS = 1000
 
 Curve = Callable[[int], float]  # step counted from 0 -> factor of the highest rate
@@ -59,10 +60,11 @@ def settle(options: SchedulerOptions, optimizer: torch.optim.Optimizer) -> Sched
             "not: choose another, or --optimizer_type AdaFactor without relative_step=False"
         )
     if any("train_mode" in group for group in optimizer.param_groups):  # schedule-free
-        if options.name != "constant":
+        warmup = "--lr_warmup_steps" if options.lr_warmup_steps else None
+        if ignored := options.spelling if options.name != "constant" else warmup:
             own = "warmup_steps" in optimizer.defaults
             notice(
-                f"{options.spelling} has no effect: the average of {kind} takes the place of a course"
+                f"{ignored} has no effect: the average of {kind} takes the place of a course"
                 f"{', and its argument warmup_steps that of a warm-up' if own else ''}"
             )
         return SchedulerOptions()
@@ -81,7 +83,7 @@ def check_scheduler(options: SchedulerOptions, optimizing: OptimizerOptions) -> 
         raise UserError(
             f"{options.spelling}: {problem}, and a run could not go on after a break: choose another"
         ) from None
-    if unheard := options.without_effect:
+    if (unheard := options.without_effect) and settle(options, probe) is options:
         verb = "has" if len(unheard) == 1 else "have"
         notice(f"{', '.join(unheard)} {verb} no effect with {options.spelling}")
     if any("relative_step" in group for group in probe.param_groups) and not finds_steps(probe):
@@ -231,13 +233,14 @@ def scheduler_class(name: str) -> type[LRScheduler]:
     flag = f"--lr_scheduler_type {name}"
     if not module:
         own = next((one for one in vars(of_torch) if one.lower() == own.lower() and one[0].isupper()), own)
+    if own in _OF_OTHERS:
+        raise UserError(f"{flag} is made of functions or other schedulers, which no flag can give: choose another")
     kind = import_class(flag, module or of_torch.__name__, own)
     if not (isinstance(kind, type) and issubclass(kind, LRScheduler) and kind is not LRScheduler):
         raise UserError(f"{flag} is no scheduler of PyTorch")
     wants = [one.name for one in inspect.signature(kind.step).parameters.values() if one.default is one.empty]
     if wants != ["self"]:
         raise UserError(
-            f"{flag} follows {' and '.join(wants[1:])}, which is not measured in every step: choose one that follows "
-            "the steps alone"
+            f"{flag} follows {' and '.join(wants[1:])}, which no step measures: choose one that follows the steps alone"
         )
     return kind
