@@ -265,16 +265,18 @@ class LoRANetwork(nn.Module):
     def apply_max_norm_regularization(
         self, max_norm: float, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scales every branch's alpha / rank * up @ down whose norm is above `max_norm` down to it, both factors alike.
+        """Scales every branch's alpha / rank * up @ down whose norm is above `max_norm` down to it, both factors alike;
+        a rounding's width below it, 0.8 % in bf16, lest rounding leaves it above.
 
         Returns how many were, and the mean and the largest norm afterwards, as tensors on `device`.
         """
         loras = list(self.children())
         norms = torch.stack([lora.weight_norm() for lora in loras])
-        ratios = (max_norm / norms).clamp(max=1.0)
+        aim = max_norm * (1 - torch.finfo(loras[0].lora_up.weight.dtype).eps)
+        ratios = torch.where(norms > max_norm, aim / norms, 1.0)
         for lora, factor in zip(loras, ratios.sqrt().unbind(), strict=True):
-            lora.lora_up.weight.mul_(factor)
-            lora.lora_down.weight.mul_(factor)
+            for weight in lora.parameters():
+                weight.copy_(weight.float() * factor)
         norms = norms * ratios
         return tuple(value.to(device) for value in ((ratios < 1).sum(), norms.mean(), norms.max()))
 

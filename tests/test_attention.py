@@ -55,10 +55,18 @@ def test_the_first_way_that_works_is_used(chosen, flags, works, in_unet, in_vae,
     assert len(said) == notices
 
 
-def test_a_fallback_says_what_is_missing(chosen):
-    _, said = chosen("xformers")
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["xformers"], "xformers"),
+        (["diffusers_xformers"], "diffusers_xformers"),
+        (["xformers", "diffusers_xformers"], "xformers"),
+    ],
+)
+def test_a_fallback_says_what_is_missing(chosen, given, named):
+    _, said = chosen(*given)
     assert said == [
-        "--xformers cannot be used here: xformers needs an NVIDIA GPU, and to be built for the installed torch; torch "
+        f"--{named} cannot be used here: xformers needs an NVIDIA GPU, and to be built for the installed torch; torch "
         "chooses how attention is computed"
     ]
 

@@ -214,3 +214,10 @@ def test_why_a_state_does_not_fit():
     assert what_does_not_fit(BEFORE, model, problem) == "it is of a network, not of the model itself"
     assert what_does_not_fit(model, BEFORE, problem) == "it is of the model itself, not of a network"
     assert what_does_not_fit(BEFORE, BEFORE, problem) == what_does_not_fit({}, BEFORE, problem) == "x is missing"
+
+
+@pytest.mark.parametrize(("limit", "said"), [(1.0, True), (0, False)])
+def test_fused_steps_differ_only_where_gradients_are_clipped(capsys, fresh_console, limit, said):
+    now = {**BEFORE, "settings": {"max_grad_norm": limit, "fused_backward_pass": True}}
+    say_differences(now | {"settings": now["settings"] | {"fused_backward_pass": False}}, now, 4)
+    assert ("--fused_backward_pass is set and was not set, so gradients are clipped" in capsys.readouterr().err) is said

@@ -7,9 +7,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from library.models.registry import ModelInfo
+from library.options import NetworkOptions
+from library.training import companions
 from library.training.methods.network import NetworkMethod
 from networks.lora import LoRAModule, LoRANetwork
-from tests.tiny import read_log, scalars
+from tests.tiny import read_log, scalars, stored
 
 TAGS = ("keys_scaled", "average_key_norm", "max_key_norm")
 
@@ -46,6 +49,19 @@ def test_only_what_is_above_the_norm_is_scaled_down_to_it():
     scaled, again = loras.lora_unet_b, network().lora_unet_b
     for now, then in zip(scaled.parameters(), again.parameters(), strict=True):
         assert torch.allclose(now, then * math.sqrt(limit / norms[1]))
+
+
+def test_roundings_in_half_precision_keep_within_the_norm():
+    for limit in (0.3, 0.7, 1.1, 1.9):
+        loras = network().to(torch.bfloat16)
+        for lora in loras.children():
+            lora.lora_up.weight.data.mul_(100)
+        _, _, largest = loras.apply_max_norm_regularization(limit)
+        norms = [lora.weight_norm().item() for lora in loras.children()]
+        assert max(norms) <= limit
+        assert min(norms) > 0.98 * limit
+        assert largest.item() == pytest.approx(max(norms), rel=0.01)
+        assert loras.apply_max_norm_regularization(limit)[0].item() == 0
 
 
 def test_a_new_network_stays_as_it_is():
@@ -91,13 +107,56 @@ class _Foreign(nn.Module):
 def test_networks_of_others_are_called_around_the_step():
     method = NetworkMethod.__new__(NetworkMethod)
     method.network, method.norms = _Foreign(), {}
-    method.options = type("Options", (), {"scale_weight_norms": 0.7})
+    method.options = NetworkOptions(network_module="own", scale_weight_norms=0.7)
     method.network.weight.grad = torch.full((1,), 3.0)
     assert method.measured() == {}
     method.before_step()
     method.after_step(1)
     assert method.network.said == [3.0, (0.7, torch.device("cpu"))]
     assert method.measured() == dict(zip((f"max_norm/{tag}" for tag in TAGS), (2, 0.25, 0.5), strict=True))
+
+
+def _broken(*_):
+    raise ValueError("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "sentence"),
+    [
+        ("update_grad_norms", _broken, "--network_module: update_grad_norms of networks.lora fails: no such thing"),
+        ("apply_max_norm_regularization", _broken, "apply_max_norm_regularization of networks.lora fails: no such"),
+        ("apply_max_norm_regularization", lambda *_: (1, 2), "--scale_weight_norms: networks of networks.lora do not"),
+    ],
+)
+def test_what_fails_in_networks_of_others_shows_in_the_rehearsal(
+    name, answer, sentence, train, flags, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(LoRANetwork, name, answer, raising=False)
+    monkeypatch.setattr(companions, "watch", None)  # so that no step can follow
+    with pytest.raises(SystemExit, match="2"):
+        train(flags(tmp_path, scale_weight_norms=1, no_rehearsal=None))
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_rehearsed_norm_leaves_no_trace(train, flags, tmp_path):
+    changes = {"scale_weight_norms": 0.05, "max_train_steps": 2}
+    train(flags(tmp_path / "plain", **changes))
+    train(flags(tmp_path / "rehearsed", **changes, no_rehearsal=None))
+    assert stored(tmp_path / "rehearsed" / "run.safetensors") == stored(tmp_path / "plain" / "run.safetensors")
+
+
+def test_averages_that_would_not_be_scaled_are_refused(train, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ModelInfo, "load", None)  # so that nothing can be loaded
+    with pytest.raises(SystemExit, match="2"):
+        train(flags(tmp_path, scale_weight_norms=1, optimizer_type="AdamWScheduleFree"))
+    assert "--scale_weight_norms scales the weights that steps are taken from" in capsys.readouterr().err
+
+
+def test_networks_that_look_at_all_gradients_refuse_that_they_are_freed(train, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(LoRANetwork, "update_grad_norms", lambda self: None, raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        train(flags(tmp_path, fused_optimizer_groups=2))
+    assert "--fused_optimizer_groups: this network looks at all gradients" in capsys.readouterr().err
 
 
 def test_networks_that_cannot_do_it_are_refused(train, flags, tmp_path, capsys, monkeypatch):

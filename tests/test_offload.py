@@ -44,7 +44,7 @@ def test_what_changes_in_place_afterwards_does_not_count():
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("stays", [{"lowram": True}, {"highvram": True}])
+@pytest.mark.parametrize("stays", [{"lowram": True}, {"highvram": True}, {"lowram": True, "highvram": True}])
 def test_what_leaves_the_device(stays):
     both = CacheOptions(cache_latents=True, cache_text_encoder_outputs=True)
     assert place(MemoryOptions(), both, latents=True) == Placement(vae_rests=True, text_encoders_rest=True)
@@ -53,9 +53,13 @@ def test_what_leaves_the_device(stays):
     assert place(MemoryOptions(**stays), both, latents=True) == Placement(False, False)
 
 
-def test_two_kinds_of_machine_are_refused():
-    with pytest.raises(UserError, match="--lowram and --highvram are for different machines"):
-        MemoryOptions(lowram=True, highvram=True)
+def test_text_encoders_that_checkpoint_in_an_unknown_way_are_refused():
+    model = tiny.make_model()
+    model.enable_gradient_checkpointing(text_encoders=True)
+    for module in model.text_encoders.modules():
+        vars(module).pop("_gradient_checkpointing_func", None)
+    with pytest.raises(UserError, match="--cpu_offload_checkpointing does not know"):
+        offload_checkpoints(model)
 
 
 def test_runs_with_these_options_are_the_plain_run(train, flags, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from library.generation.prompts import parse_line
 from library.generation.samplers import make_scheduler
 from library.models.added_words import AddedRows, first_rows, read_embedding
 from library.models.files.checkpoint import open_weights
-from library.models.registry import load_model
+from library.models.registry import ModelInfo, load_model
 from library.models.text import VOCABULARY_SIZE, Tokenizer
 from library.options import OptimizerOptions, TextualInversionOptions
 from library.training.methods.textual_inversion import TextualInversion
@@ -44,7 +44,9 @@ def learn(train, flags, model_files):
 def knowing(model, file: Path):
     """The model with the word of a file, as --weights reads it."""
     options = TextualInversionOptions(token_string="sks", num_vectors_per_token=3, weights=str(file))
-    model.words = TextualInversion(options, OptimizerOptions(learning_rate=1.0)).build(model)
+    method = TextualInversion(options, OptimizerOptions(learning_rate=1.0))
+    method.read_weights(model)
+    model.words = method.build(model)
     return model.eval()
 
 
@@ -198,9 +200,22 @@ def test_files_for_other_models_are_refused(tmp_path):
         read_embedding(tmp_path / "small.safetensors", {"emb_params": 64})
     with pytest.raises(UserError, match="there should be clip_l and clip_g in it"):
         read_embedding(tmp_path / "small.safetensors", {"clip_l": 32, "clip_g": 64})
-    options = TextualInversionOptions(token_string="sks", weights=str(tmp_path / "small.safetensors"))
-    with pytest.raises(UserError, match="has 2 vectors, not 1: give --num_vectors_per_token 2"):
-        TextualInversion(options, OptimizerOptions())._read({"emb_params": 32})
+
+
+def test_vectors_to_start_from_are_read_before_the_model_and_not_by_a_resumed_run(learn, tmp_path, capsys, monkeypatch):
+    start = tmp_path / "start.safetensors"
+    save_file({"emb_params": torch.full((3, 64), 0.5)}, start)
+    changes = {"init_word": None, "weights": start, "save_state": True, "save_model_as": "safetensors"}
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelInfo, "load", None)  # so that nothing can be loaded
+        with pytest.raises(SystemExit, match="2"):
+            learn(tmp_path, **changes | {"num_vectors_per_token": 2})
+    assert "start.safetensors has 3 vectors, not 2: give --num_vectors_per_token 3" in capsys.readouterr().err
+    still = load_file(learn(tmp_path, **changes, max_train_steps=1, learning_rate=1e-9))["emb_params"]
+    assert torch.allclose(still, torch.full((3, 64), 0.5), atol=1e-3)
+    start.unlink()
+    learn(tmp_path, **changes, max_train_steps=2, resume="latest", learning_rate=1e-9)
+    assert torch.allclose(load_file(tmp_path / "run.safetensors")["emb_params"], still, atol=1e-3)
 
 
 def test_new_rows_are_looked_up_behind_the_table_and_alone_get_gradients():

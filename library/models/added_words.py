@@ -16,7 +16,7 @@ from library.models.text import VOCABULARY_SIZE
 
 
 class AddedRows(nn.Module):
-    """The vectors (n, width) of the ids behind CLIP's vocabulary, in float32 whatever the model is in."""
+    """The vectors (n, width) of the ids behind CLIP's vocabulary, made in float32 whatever the model is in."""
 
     def __init__(self, rows: Tensor):
         super().__init__()

@@ -114,6 +114,7 @@ class Tokenizer:
         self.backend = clip_tokenizer()
         self.added: dict[str, tuple[int, ...]] = {}
         """Words with ids of their own, as `clean` leaves them."""
+        self._added = re.compile(r"(?!)")  # which is nowhere
 
     def add(self, words: Mapping[str, Sequence[int]]) -> None:
         """Have these words read as the ids given, in capitals or not, wherever they stand as whole words."""
@@ -123,18 +124,16 @@ class Tokenizer:
 
     def holds_added(self, caption: str) -> bool:
         """Whether an added word is in the caption."""
-        return bool(self.added) and self._added.search(clean(caption)) is not None
+        return self._added.search(clean(caption)) is not None
 
     def words(self, caption: str) -> list[int]:
         """The caption's own ids, however many, without begin, end and padding."""
-        if not self.holds_added(caption):
-            return self.backend(clean(caption), add_special_tokens=False)["input_ids"]
         return [id for id, _ in self.located(clean(caption))]
 
     def located(self, cleaned: str) -> list[tuple[int, int]]:
         """The ids of a cleaned caption, and where in it each begins."""
         found, done = [], 0
-        for match in self._added.finditer(cleaned) if self.added else ():
+        for match in self._added.finditer(cleaned):
             found += self._located(cleaned[done : match.start()], done)
             found += [(id, match.start()) for id in self.added[match[0]]]
             done = match.end()

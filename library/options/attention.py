@@ -41,11 +41,12 @@ class AttentionOptions:
     dynamo_backend: str = option("inductor", "what --torch_compile compiles with", metavar="NAME", choices=BACKENDS)
 
     @property
-    def wanted(self) -> list[str]:
-        """The ways to compute attention that were asked for, the one to use first."""
+    def wanted(self) -> dict[str, str]:
+        """The ways to compute attention that were asked for, the one to use first, and the flags that did."""
         ways = {
-            "mem_eff_attn": self.mem_eff_attn,
-            "xformers": self.xformers or self.diffusers_xformers,
-            "sdpa": self.sdpa,
+            "mem_eff_attn": "mem_eff_attn",
+            "diffusers_xformers": "xformers",
+            "xformers": "xformers",
+            "sdpa": "sdpa",
         }
-        return [name for name, asked in ways.items() if asked]
+        return {way: f"--{name}" for name, way in ways.items() if getattr(self, name)}

@@ -20,11 +20,9 @@ class MemoryOptions:
         False, "with --gradient_checkpointing, wait for the backward pass in main memory: slower, less device memory"
     )
     lowram: bool = option(
-        False, "for little main memory: the model goes straight to the device, and all of it stays there"
+        False, "for little main memory: all of the model stays on the device, and nothing comes back to main memory"
     )
-    highvram: bool = option(
-        False, "for much device memory: what is not needed for a while stays on the device, and need not be moved"
-    )
+    highvram: bool = option(False, "for much device memory: the same as --lowram, so that nothing need be moved")
     fused_backward_pass: bool = option(
         False, "move each weight as soon as its gradient is there, and free that: memory for one gradient, not for all"
     )
@@ -36,11 +34,6 @@ class MemoryOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.lowram and self.highvram:
-            raise UserError(
-                "--lowram and --highvram are for different machines, and both keep all of the model on the device: "
-                "drop one of them"
-            )
         if self.fused_backward_pass and self.fused_optimizer_groups:
             raise UserError(
                 "--fused_backward_pass, --fused_optimizer_groups: the first moves each weight by itself and the second "

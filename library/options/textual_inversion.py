@@ -42,6 +42,9 @@ class TextualInversionOptions:
             )
         if self.use_object_template and self.use_style_template:
             raise UserError("--use_object_template, --use_style_template: they exclude each other, drop one of them")
+
+    def check_weights(self) -> None:
+        """UserError where the file to start from is missing, which a resumed run does without."""
         if self.weights and not Path(self.weights).is_file():
             path = Path(self.weights)
             raise UserError(f"--weights: {path} is no file{suggest_path(path, WEIGHTS_SUFFIXES)}")

@@ -52,7 +52,7 @@ class Companions:
 def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, motion: Motion) -> Companions:
     """Make it, and put everything where it was if the run goes on with a state."""
     settings, progress, resumed = run.settings, run.progress, run.resumed
-    stepper = motion.stepper
+    saving, stepper = settings[SaveOptions], motion.stepper
     movement = Movement(motion.groups, motion.optimizer, resumed=resumed is not None, step=lambda: stepper.number)
     tracker, log = watch(run, method, step, motion)
     state = TrainState(progress, step, facts(run, motion.optimizer, log), run.accelerator)
@@ -62,18 +62,7 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
     published = functools.partial(published_weights, method, motion.optimizer, step.trained)
     provenance = Provenance(run, method, step.model, motion.optimizer)
     uploader = Uploader(settings[HubOptions], run.accelerator.num_processes)
-    saver = Saver(
-        settings[SaveOptions],
-        run.target,
-        method,
-        run.formats.saved,
-        provenance,
-        published,
-        state,
-        tracker,
-        ema,
-        uploader,
-    )
+    saver = Saver(saving, run.target, method, run.formats.saved, provenance, published, state, tracker, ema, uploader)
     previewer = Previewer(
         settings[PreviewOptions], run.plans.prompts, run.target, step, published, tracker, run.accelerator
     )
@@ -100,10 +89,10 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
             events.CheckLatents(step, run.table),
             events.CheckMovement(movement),
             validate,
-            SaveBest(settings[ValidationOptions], settings[SaveOptions], validate, saver.save_as),
+            SaveBest(settings[ValidationOptions], saving, validate, saver.save_as),
             events.Preview(settings[PreviewOptions], previewer),
-            events.SaveStep(settings[SaveOptions], saver),
-            events.SaveEpoch(settings[SaveOptions], saver),
+            events.SaveStep(saving, saver),
+            events.SaveEpoch(saving, saver),
             StopEarly(settings[ValidationOptions], validate),
             events.Obey(requests, saver, previewer),
         ],

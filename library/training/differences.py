@@ -100,7 +100,7 @@ _OTHER_LOSS = "so losses do not compare with those of before"
 _HAS_BEGUN = "which has no effect: the vectors go on as they are in the state"
 _ROUNDED = "so roundings differ from those of a run without a break"
 _FROZEN = "so what is trained meets frozen weights that are rounded otherwise from here on"
-_OTHER_CLIPPING = "so gradients are clipped in other parts from here on, unless --max_grad_norm is 0"
+_OTHER_CLIPPING = "so gradients are clipped in other parts from here on"
 _MEANING = {
     "train_batch_size": _OTHER_IMAGES,
     "gradient_accumulation_steps": _OTHER_IMAGES,
@@ -282,7 +282,9 @@ def _kind(settings: Mapping[str, Any]) -> str:
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
     """The options that both know, that matter and that differ."""
     old, new = before.get("settings", {}), now["settings"]
-    return {name for name in (old.keys() & new.keys()) - _NOT_COMPARED if public_value(old[name]) != new[name]}
+    unclipped = set() if new.get("max_grad_norm") else {"fused_backward_pass", "fused_optimizer_groups"}
+    compared = (old.keys() & new.keys()) - _NOT_COMPARED - unclipped
+    return {name for name in compared if public_value(old[name]) != new[name]}
 
 
 def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

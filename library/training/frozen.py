@@ -40,4 +40,5 @@ def round_to_8_bits(options: PrecisionOptions, method: Method, model: Family) ->
 
 def not_exchanged(step: nn.Module) -> None:
     """Have DDP leave these weights alone, whose format its processes cannot exchange; all have read the same file."""
+    # DDP documents no public way
     step._ddp_params_and_buffers_to_ignore = float8.names_in_8_bits(step)

@@ -133,9 +133,8 @@ def choose_attention(options: AttentionOptions, model: Family, formats: Precisio
     """
     wanted = options.wanted
     if len(wanted) > 1:
-        flags = ", ".join(f"--{name}" for name in wanted)
-        console.notice(f"{flags}: the first of these that this machine can use is used")
-    for way in wanted:
+        console.notice(f"{', '.join(wanted.values())}: the first of these that this machine can use is used")
+    for way, flag in wanted.items():
         if way == "sdpa":
             return
         with console.quiet_dependencies():
@@ -146,4 +145,4 @@ def choose_attention(options: AttentionOptions, model: Family, formats: Precisio
             if in_vae:
                 attention.use(way, model.vae)
             return
-        console.notice(f"--{way} cannot be used here: {_WHY_NOT[way]}; torch chooses how attention is computed")
+        console.notice(f"{flag} cannot be used here: {_WHY_NOT[way]}; torch chooses how attention is computed")

@@ -8,15 +8,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from library.errors import UserError
 from library.models.family import Family
 
 _Packed = tuple[torch.device, Tensor]
 
 
 def offload_checkpoints(model: Family) -> None:
-    """Have whatever of a model has gradient checkpointing switched on keep its checkpoints in main memory."""
-    for module in model.modules():
+    """Have a model's U-Net, and text encoders with gradient checkpointing on, keep checkpoints in main memory."""
+    model.unet.enable_gradient_checkpointing(offloaded)
+    for module in model.text_encoders.modules():
         if getattr(module, "gradient_checkpointing", False):
+            if not hasattr(module, "_gradient_checkpointing_func"):  # transformers has no public way
+                raise UserError(
+                    "--cpu_offload_checkpointing does not know how the installed transformers checkpoints: drop it, or "
+                    "train without the text encoder"
+                )
             module._gradient_checkpointing_func = offloaded
 
 

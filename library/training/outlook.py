@@ -66,16 +66,16 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
     check_resolutions(plans.datasets, info.latents.step)
     check_scheduler(settings[SchedulerOptions], settings[OptimizerOptions])
     target = plans.output_dir / settings[SaveOptions].name
-    method.settle_output(info, target)
     log = plans.resume and plans.resume.facts.get("log")
     accelerator, formats = make_accelerator(settings, info.family, log)
+    resumed = resume.agree_on_state(plans.resume)
+    method.settle_output(info, target, resumed=resumed is not None)
     if settings[EmaOptions].ema and engines.spreads(accelerator):
         raise UserError(
             "--ema needs all weights in each process, which FSDP and DeepSpeed spread: leave one of them out"
         )
     check_stepper(settings, accelerator)
     try_optimizer(settings[OptimizerOptions], accelerator.device, spread=engines.spreads(accelerator))
-    resumed = resume.agree_on_state(plans.resume)
     training = settings[TrainingOptions]
     seed = settle_seed(training.seed, resumed)
     table = scan_together(plans.datasets, accelerator)

@@ -14,17 +14,18 @@ from library.options.attention import AttentionOptions
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
+from library.options.finetune import FineTuneOptions
 from library.options.huggingface import HubOptions
 from library.options.logging import LogOptions
 from library.options.memory import MemoryOptions
 from library.options.model import ModelOptions
-from library.options.network import NetworkOptions
 from library.options.objective import ObjectiveOptions
 from library.options.precision import PrecisionOptions
 from library.options.preview import PreviewOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
+from library.options.textual_inversion import TextualInversionOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 from library.suffixes import WEIGHTS_SUFFIXES
@@ -55,6 +56,8 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     check_fused(settings)
     check_model(settings[ModelOptions])
     check_memory(settings)
+    if TextualInversionOptions in settings.groups and not resuming.resume:
+        settings[TextualInversionOptions].check_weights()
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
     check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
     masked = settings[DatasetOptions].masked_loss or with_alpha_masks(datasets)
@@ -71,6 +74,23 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
         raise UserError("nowhere to save: give --output_dir a folder")
     output_dir = make_writable("--output_dir", saving.output_dir, make=not dry)
     return Plans(datasets, output_dir, prompts, find_state(settings, output_dir))
+
+
+def check_fused(settings: Settings) -> None:
+    """UserError where weights that move within the backward pass contradict other flags."""
+    fused = settings[MemoryOptions].fused
+    if fused is None:
+        return
+    if settings[TrainingOptions].gradient_accumulation_steps > 1:
+        raise UserError(
+            f"{fused} keeps no gradients that further micro-batches could add to: drop it, or "
+            "--gradient_accumulation_steps"
+        )
+    if settings[PrecisionOptions].mixed_precision == "fp16":
+        raise UserError(
+            f"{fused} moves weights before it is known whether fp16 gradients have overflowed: drop it, or use "
+            "--mixed_precision bf16"
+        )
 
 
 def find_state(settings: Settings, output_dir: Path) -> states.StateFolder | None:
@@ -123,7 +143,7 @@ def check_memory(settings: Settings) -> None:
     only; what has no effect by itself is said.
     """
     precision, memory = settings[PrecisionOptions], settings[MemoryOptions]
-    if NetworkOptions in settings.groups and precision.mixed_precision == "no":
+    if FineTuneOptions not in settings.groups and precision.mixed_precision == "no":
         for name in ("fp8_base", "fp8_base_unet"):
             if getattr(precision, name):
                 raise UserError(
@@ -158,20 +178,3 @@ def check_prompts(options: PreviewOptions) -> tuple[PromptLine, ...]:
     if wanted and options.sample_prompts is None:
         raise UserError("previews are asked for, but no prompts: give --sample_prompts a file of them")
     return () if options.sample_prompts is None else read_prompts(options.sample_prompts)
-
-
-def check_fused(settings: Settings) -> None:
-    """UserError where weights that move within the backward pass contradict other flags."""
-    fused = settings[MemoryOptions].fused
-    if fused is None:
-        return
-    if settings[TrainingOptions].gradient_accumulation_steps > 1:
-        raise UserError(
-            f"{fused} keeps no gradients that further micro-batches could add to: drop it, or "
-            "--gradient_accumulation_steps"
-        )
-    if settings[PrecisionOptions].mixed_precision == "fp16":
-        raise UserError(
-            f"{fused} moves weights before it is known whether fp16 gradients have overflowed: drop it, or use "
-            "--mixed_precision bf16"
-        )

@@ -82,7 +82,9 @@ def _take_step(run: Outlook, method: Method, motion: Motion, dataset: ImageDatas
     with motion.stepper.micro_step(plan):
         losses = motion.root(batch.to(run.accelerator.device))
         motion.stepper.backward(losses, plan)
+    method.before_step()
     motion.stepper.step()
+    method.after_step(run.progress.step + 1)
     method.rehearsed()
 
 

@@ -15,6 +15,7 @@ from library.options.optimizer import OptimizerOptions
 from library.options.precision import PrecisionOptions
 from library.training import engines
 from library.training.fused import FusedStepper
+from library.training.methods.base import Method
 from library.training.optimizers import import_optimizer
 from library.training.parts import can_be_split
 from library.training.stepper import HalfStepper, Stepper
@@ -35,6 +36,12 @@ def check_stepper(settings: Settings, accelerator: Accelerator) -> None:
     if engines.spreads(accelerator) and spread:
         flag, why = next(iter(spread.items()))
         raise UserError(f"{flag} {why}, which FSDP and DeepSpeed keep to themselves: leave one of them out")
+    kind = import_optimizer(settings[OptimizerOptions])
+    if network and network.scale_weight_norms and hasattr(kind, "train"):
+        raise UserError(
+            f"--scale_weight_norms scales the weights that steps are taken from, and {kind.__name__} saves an average "
+            "of them, which it does not: drop the flag, or use another --optimizer_type"
+        )
     fused = settings[MemoryOptions].fused
     if fused is None:
         return
@@ -43,7 +50,6 @@ def check_stepper(settings: Settings, accelerator: Accelerator) -> None:
             f"{fused} leaves no time for {accelerator.num_processes} processes to exchange gradients: drop it, or "
             "train in one process"
         )
-    kind = import_optimizer(settings[OptimizerOptions])
     if not can_be_split(kind):
         raise UserError(
             f"{fused}: {kind.__name__} is not known to treat every weight by itself, so it needs all gradients at "
@@ -53,13 +59,21 @@ def check_stepper(settings: Settings, accelerator: Accelerator) -> None:
 
 def make_stepper(
     run: "Outlook",
+    method: Method,
     root: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
     group_names: list[str],
 ) -> Stepper:
-    """The one that the flags ask for; `root` and `optimizer` are as the engine runs them."""
+    """The one that the flags ask for; `root` and `optimizer` are as the engine runs them. UserError where the method
+    cannot have that one.
+    """
     options = run.settings[MemoryOptions]
+    if options.fused and method.reads_gradients():
+        raise UserError(
+            f"{options.fused}: this network looks at all gradients before a step (update_grad_norms), when most are "
+            "freed: drop the flag"
+        )
     arguments = (
         run.accelerator,
         root,

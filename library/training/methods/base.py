@@ -53,9 +53,9 @@ class Method(ABC):
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
         """What a file of it tells about itself; `settings` are the flags' effective values by name."""
 
-    def settle_output(self, info: ModelInfo, stem: Path) -> None:  # noqa: B027
-        """Called first of all, with the model to start from and the final `stem`, before anything is loaded. UserError
-        if `save` could not write there.
+    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: bool) -> None:  # noqa: B027
+        """Called first of all, with the model to start from and the final `stem`, before anything is loaded; `resumed`:
+        what is trained goes on as a state has it. UserError if `save` could not write there.
         """
 
     def check_captions(self, table: RecordTable, datasets: Sequence[DatasetConfig]) -> None:  # noqa: B027
@@ -74,7 +74,7 @@ class Method(ABC):
 
     def is_trained(self, component: str) -> bool:
         """Whether weights of the model itself in this one of `Family.components` are trained: those are read in
-        float32, whatever the others are.
+        float32, whatever the others are, unless trained weights are kept in half precision.
         """
         return False
 
@@ -88,8 +88,14 @@ class Method(ABC):
     def on_micro_step(self, batch: Batch) -> None:  # noqa: B027
         """Called before every micro-batch."""
 
+    def reads_gradients(self) -> bool:
+        """Whether `before_step` looks at gradients."""
+        return False
+
     def before_step(self) -> None:  # noqa: B027
-        """Called before every optimizer step, when its gradients are there."""
+        """Called before every optimizer step. Its gradients are there, multiplied with the scale of the losses in fp16;
+        where weights move within the backward pass, most of them are gone.
+        """
 
     def after_step(self, step: int) -> None:  # noqa: B027
         """Called after every optimizer step; `step` are done by then."""

@@ -38,7 +38,7 @@ class FineTune(Method):
         self.model: Family
         self.trained: nn.ModuleDict
 
-    def settle_output(self, info: ModelInfo, stem: Path) -> None:
+    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: bool) -> None:
         self.kind = self.options.format(format_of(info.path))
         target, sources = self.target(stem), [path for path in (info.path, info.vae_path) if path]
         if self.kind in FOLDERS:

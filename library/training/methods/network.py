@@ -9,7 +9,7 @@ import importlib
 import inspect
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,22 +117,39 @@ class NetworkMethod(Method):
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start()
 
+    def reads_gradients(self) -> bool:
+        return hasattr(self.network, "update_grad_norms")
+
     def before_step(self) -> None:
-        if hasattr(self.network, "update_grad_norms"):
-            self.network.update_grad_norms()
+        if self.reads_gradients():
+            self._ask("update_grad_norms")
 
     def after_step(self, step: int) -> None:
         limit = self.options.scale_weight_norms
         if limit:
             device = next(self.network.parameters()).device
-            answer = self.network.apply_max_norm_regularization(limit, device)
+            answer = self._ask("apply_max_norm_regularization", limit, device)
+            if not isinstance(answer, Sequence) or len(answer) != len(_NORMS):
+                raise UserError(
+                    f"--scale_weight_norms: networks of {self.options.network_module} do not say how many weights they "
+                    "have scaled and the mean and the largest norm, leave it out"
+                )
             self.norms = dict(zip(_NORMS, answer, strict=True))
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """What an optional method of the network answers. UserError if it fails."""
+        try:
+            return getattr(self.network, name)(*arguments)
+        except Exception as error:  # whatever other people's raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"--network_module: {name} of {self.options.network_module} fails: {reason}") from error
 
     def measured(self) -> Mapping[str, Tensor | float]:
         return self.norms
 
     def rehearsed(self) -> None:
         self.epoch = 0
+        self.norms = {}
         self._set_multiplier(1.0)
 
     @contextlib.contextmanager

@@ -38,10 +38,11 @@ class TextualInversion(Method):
             raise UserError("no word to learn: give --token_string one that the model does not know, such as mychar4")
         if not self.rate:
             raise UserError("nothing is left to train: --learning_rate is 0")
+        self.rows: dict[str, torch.Tensor] = {}  # those of --weights
         self.trained: nn.ModuleDict
 
-    def settle_output(self, info: ModelInfo, stem: Path) -> None:
-        """UserError, too, for words that cannot be learned or started from."""
+    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: bool) -> None:
+        """UserError, too, for words that cannot be learned or started from, and for --weights of other models."""
         target = self.target(stem)
         if target.is_dir():
             raise UserError(f"{target} is a folder: choose another --output_name")
@@ -58,6 +59,8 @@ class TextualInversion(Method):
         if len(tokenizer.words(self.options.names[0])) == 1:
             notice(f"the model knows {self.options.token_string} as a word of its own, which the new one hides")
         self._init_ids(tokenizer, say=True)
+        if self.options.weights and not resumed:
+            self.read_weights(info.outline())
 
     def _init_ids(self, tokenizer: Tokenizer, *, say: bool = False) -> list[int]:
         """The tokens to start from, if any. UserError for a word without tokens."""
@@ -115,27 +118,24 @@ class TextualInversion(Method):
 
     def build(self, model: Family) -> nn.Module:
         model.requires_grad_(False)
-        tables = [encoder.clip.embeddings.token_embedding for encoder in model.text_encoders]
-        names = model.embedding_names
-        if self.options.weights:
-            rows = self._read({name: table.embedding_dim for name, table in zip(names, tables, strict=True)})
-            rows = {name: rows[name].to(table.weight.device) for name, table in zip(names, tables, strict=True)}
-        else:
-            ids, count = self._init_ids(model.own_tokenizers[0]), self.options.num_vectors_per_token
-            rows = {name: first_rows(table, ids, count) for name, table in zip(names, tables, strict=True)}
-        self.trained = nn.ModuleDict({name: AddedRows(own) for name, own in rows.items()})
+        ids, count = self._init_ids(model.own_tokenizers[0]), self.options.num_vectors_per_token
+        self.trained = nn.ModuleDict()
+        for name, table in _tables(model).items():
+            rows = self.rows[name].to(table.weight.device) if self.rows else first_rows(table, ids, count)
+            self.trained[name] = AddedRows(rows)
         model.add_words(self._words(), list(self.trained.values()))
         return self.trained
 
-    def _read(self, widths: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        rows, count = read_embedding(self.options.weights, widths), self.options.num_vectors_per_token
-        found = len(next(iter(rows.values())))
+    def read_weights(self, model: Family) -> None:
+        """Have `build` start from the file of --weights. UserError if it does not fit the model or the flags."""
+        widths = {name: table.embedding_dim for name, table in _tables(model).items()}
+        self.rows, count = read_embedding(self.options.weights, widths), self.options.num_vectors_per_token
+        found = len(next(iter(self.rows.values())))
         if found != count:
             raise UserError(
                 f"--weights: {self.options.weights} has {found} vectors, not {count}: give --num_vectors_per_token "
                 f"{found}"
             )
-        return rows
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("embedding", list(self.trained.parameters()), self.rate)]
@@ -151,3 +151,9 @@ class TextualInversion(Method):
 
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
         return embedding_metadata(settings, facts)
+
+
+def _tables(model: Family) -> dict[str, nn.Embedding]:
+    """The vectors of the vocabulary, by the names of the new ones in files."""
+    tables = [encoder.clip.embeddings.token_embedding for encoder in model.text_encoders]
+    return dict(zip(model.embedding_names, tables, strict=True))
