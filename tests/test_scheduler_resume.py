@@ -113,3 +113,5 @@ def test_a_longer_run_draws_its_curve_again(saying, tmp_path):
     message = saying("a", **falling, max_train_steps=4, resume="latest")
     assert "one of 4 steps would have had" not in message  # so far it is the warm-up and the height
     assert pictured(tmp_path / "a") == [0, 2]
+    saying("b", **falling, max_train_steps=6, resume=tmp_path / "a" / "run-state")  # with a log of its own
+    assert pictured(tmp_path / "b") == [4]

@@ -162,6 +162,7 @@ def test_the_page_of_the_dataset_shows_templates_and_counts_the_vectors(learn, t
         ({"token_string": "circle"}, "--token_string: circle is in the model's vocabulary already"),
         ({"token_string": None}, "give --token_string one that the model does not know"),
         ({"token_string": "a,b"}, "'a,b' has ',' in it"),
+        ({"num_vectors_per_token": 76}, "76 vectors do not fit into the 75 tokens of a caption"),
         ({"init_word": " "}, "--init_word: there is no word in ' '"),
         ({"use_object_template": True, "use_style_template": True}, "drop one of them"),
         ({"cache_text_encoder_outputs": True}, "drop --cache_text_encoder_outputs"),

@@ -43,9 +43,18 @@ class TextualInversionOptions:
         if self.use_object_template and self.use_style_template:
             raise UserError("--use_object_template, --use_style_template: they exclude each other, drop one of them")
 
-    def check_weights(self) -> None:
-        """UserError where the file to start from is missing, which a resumed run does without."""
-        if self.weights and not Path(self.weights).is_file():
+    def check(self, room: int, *, resumes: bool) -> None:
+        """UserError for no word, for one that does not fit into the `room` of a caption's tokens, and for a missing
+        file to start from, which a run that `resumes` does without.
+        """
+        if not self.token_string:
+            raise UserError("no word to learn: give --token_string one that the model does not know, such as mychar4")
+        if self.num_vectors_per_token > room:
+            raise UserError(
+                f"--num_vectors_per_token: {self.num_vectors_per_token} vectors do not fit into the {room} tokens of a "
+                "caption: give fewer, or --max_token_length 150 or 225"
+            )
+        if self.weights and not resumes and not Path(self.weights).is_file():
             path = Path(self.weights)
             raise UserError(f"--weights: {path} is no file{suggest_path(path, WEIGHTS_SUFFIXES)}")
 

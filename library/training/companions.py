@@ -80,7 +80,7 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
         **({"scaler": run.accelerator.scaler} if run.accelerator.scaler else {}),
         **({"ema": ema} if ema else {}),
     }
-    go_on(run, state, motion, tracker)
+    go_on(run, state, motion, tracker, log)
     requests = Requests(control_file(run.plans.output_dir, run.target.name), run.accelerator)
     schedule = events.Schedule(
         [
@@ -102,13 +102,18 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
     return Companions(tracker, schedule, requests, movement, validate, uploader)
 
 
-def go_on(run: Outlook, state: TrainState, motion: Motion, tracker: Tracker) -> None:
+def begins_log(run: Outlook, log: Continued) -> bool:
+    """Whether a log does not go on with that of a resumed run."""
+    return run.log is None or run.log["folder"] != log["folder"]
+
+
+def go_on(run: Outlook, state: TrainState, motion: Motion, tracker: Tracker, log: Continued) -> None:
     """Put the state's objects where they were if the run goes on with one, and show the rates that are ahead."""
-    new_curve, options = True, run.settings[SchedulerOptions]
+    new_curve, options = False, run.settings[SchedulerOptions]
     if run.resumed:
         new_rates = run.settings[ResumeOptions].resume_new_learning_rate
         new_curve = resume.restore(run.resumed, state, motion, options, new_rates=new_rates)
-    if new_curve:
+    if new_curve or begins_log(run, log):
         show_planned_rates(options, motion, run.progress, tracker.log)
 
 
@@ -125,7 +130,7 @@ def watch(run: Outlook, method: Method, step: TrainingStep, motion: Motion) -> t
         importance_of,
         method.measured,
     )
-    if run.progress.step == 0:
+    if begins_log(run, log):
         tracker.log.text("dataset", summary.markdown())
         tracker.log.pictures({"dataset": chart(summary)}, run.progress.step)
     return tracker, log

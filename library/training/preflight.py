@@ -56,8 +56,9 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     check_fused(settings)
     check_model(settings[ModelOptions])
     check_memory(settings)
-    if TextualInversionOptions in settings.groups and not resuming.resume:
-        settings[TextualInversionOptions].check_weights()
+    if TextualInversionOptions in settings.groups:
+        room = settings[ModelOptions].max_token_length or 75
+        settings[TextualInversionOptions].check(room, resumes=bool(resuming.resume))
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
     check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
     masked = settings[DatasetOptions].masked_loss or with_alpha_masks(datasets)

@@ -18,11 +18,12 @@ def before_training(
 ) -> str:
     """What will be trained on, for how long, and how fast it is learned."""
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    steps = f"{progress.total_steps} optimizer step{'s' * (progress.total_steps > 1)}"
     epochs = f"{progress.total_epochs} epoch{'s' * (progress.total_epochs > 1)}"
     lines = [
         "",
         str(summary),
-        f"in all: {progress.total_steps} optimizer steps in {epochs} on {accelerator.device}{processes}",
+        f"in all: {steps} in {epochs} on {accelerator.device}{processes}",
     ]
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         count = sum(parameter.numel() for parameter in group.parameters)

@@ -34,8 +34,6 @@ class TextualInversion(Method):
     def __init__(self, options: TextualInversionOptions, optimizer: OptimizerOptions):
         self.options = options
         self.rate = optimizer.learning_rate
-        if not options.token_string:
-            raise UserError("no word to learn: give --token_string one that the model does not know, such as mychar4")
         if not self.rate:
             raise UserError("nothing is left to train: --learning_rate is 0")
         self.rows: dict[str, torch.Tensor] = {}  # those of --weights
@@ -73,8 +71,9 @@ class TextualInversion(Method):
         if not ids:
             raise UserError(f"--init_word: there is no word in {word!r}, give one or leave it out")
         if say and len(ids) != count:
-            done = "the last are left out" if len(ids) > count else "they are repeated"
-            notice(f"--init_word {word} has {len(ids)} tokens for --num_vectors_per_token {count}: {done}")
+            done = "the last are left out" if len(ids) > count else "repeated to fill them"
+            tokens = "1 token" if len(ids) == 1 else f"{len(ids)} tokens"
+            notice(f"--init_word {word} has {tokens} for --num_vectors_per_token {count}: {done}")
         return ids
 
     def check_captions(self, table: RecordTable, datasets: Sequence[DatasetConfig]) -> None:
