@@ -98,11 +98,11 @@ def ours() -> tuple[Run, "nn.Module"]:
     from library.options.optimizer import OptimizerOptions
     from library.training.events import Schedule
     from library.training.methods.network import NetworkMethod
-    from library.training.optimizers import make_optimizer
-    from library.training.schedulers import make_scheduler
-    from library.training.state import Progress
+    from library.training.optimization.optimizers import make_optimizer
+    from library.training.optimization.schedulers import make_scheduler
+    from library.training.optimization.stepper import Stepper
+    from library.training.resuming.state import Progress
     from library.training.step import TrainingStep
-    from library.training.stepper import Stepper
     from library.training.tracking import Tracker
     from library.training.trainer import train
 

@@ -80,9 +80,9 @@ def measure(option: dict[str, Any], divide: int, pixels: int, batch_size: int, s
     from library.models import attention, float8
     from library.options.network import NetworkOptions
     from library.options.optimizer import OptimizerOptions
-    from library.training.compilation import compile_blocks
+    from library.training.device.compilation import compile_blocks
+    from library.training.device.offload import offload_checkpoints
     from library.training.methods.network import NetworkMethod
-    from library.training.offload import offload_checkpoints
 
     before = held()
     model = make_model(divide)

@@ -7,10 +7,10 @@ from torch import nn
 
 from library.options import SchedulerOptions, options_of
 from library.options.scheduler import LR_SCHEDULERS
-from library.training.optimizers import effective_rates, load_optimizer
-from library.training.packing import pack, unpack
-from library.training.resume import restore_scheduler
-from library.training.schedulers import make_scheduler, planned
+from library.training.optimization.optimizers import effective_rates, load_optimizer
+from library.training.optimization.schedulers import make_scheduler, planned
+from library.training.resuming.packing import pack, unpack
+from library.training.resuming.resume import restore_scheduler
 
 RATES = (0.01, 0.002)
 

@@ -18,11 +18,13 @@ from torch.distributed.tensor import DTensor
 import train_network
 from library import cli, console
 from library.errors import UserError
-from library.training import accelerator, engines, launch, step, stepper
+from library.training import launch, step
+from library.training.device import accelerator, engines
 from library.training.health import NotFinite
+from library.training.optimization import stepper
 from library.training.previews import Previewer
+from library.training.resuming.state import TrainState
 from library.training.saving import Saver
-from library.training.state import TrainState
 
 FIRST = console.rank() == 0
 SLOW = 6.0  # seconds

@@ -231,7 +231,7 @@ def _train(order: dict[str, Any], output: str, counter: str, leader: int) -> Non
 
 
 def _slow_down(seconds: float) -> None:
-    from library.training.stepper import Stepper
+    from library.training.optimization.stepper import Stepper
 
     step = Stepper.step
     Stepper.step = lambda self: (step(self), time.sleep(seconds))[0]

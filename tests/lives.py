@@ -11,7 +11,7 @@ from PIL import Image
 
 from library.data.caching.npz import read_arrays
 from library.models.files.checkpoint import open_weights
-from library.training import states
+from library.training.resuming import states
 from tests.fork_server import Ended, ForkServer
 from tests.tiny import draw_pictures, read_logs, stored
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from library.options.optimizer import OPTIMIZERS, OptimizerOptions
 from library.training.methods.base import ParameterGroup
-from library.training.optimizers import make_optimizer
+from library.training.optimization.optimizers import make_optimizer
 
 MODULES = ("torch.optim.RMSprop", "bitsandbytes.optim.lamb.LAMB")
 """Optimizers of no row."""

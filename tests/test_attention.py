@@ -9,7 +9,7 @@ from library.models import attention
 from library.models.attention import FrugalAttention
 from library.models.family import Family
 from library.options import AttentionOptions, PrecisionOptions, SaveOptions
-from library.training import hardware, precision
+from library.training.device import hardware, precision
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import torch
 
 from library.errors import UserError
 from library.options import AttentionOptions, NetworkOptions, OptimizerOptions
-from library.training import compilation
-from library.training.compilation import compile_blocks, settle_backend
+from library.training.device import compilation
+from library.training.device.compilation import compile_blocks, settle_backend
 from library.training.methods.network import NetworkMethod
 from tests import tiny
 

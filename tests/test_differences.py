@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from library.training.differences import say_differences, what_does_not_fit
+from library.training.resuming.differences import say_differences, what_does_not_fit
 from tests.tiny import draw_pictures, save_model
 
 Run = Callable[..., str]

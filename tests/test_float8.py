@@ -11,7 +11,7 @@ from library.errors import UserError
 from library.models import float8
 from library.models.family import Family
 from library.options import FineTuneOptions, NetworkOptions, OptimizerOptions, PrecisionOptions
-from library.training import frozen
+from library.training.device import frozen
 from library.training.methods.finetune import FineTune
 from library.training.methods.network import NetworkMethod
 from tests import tiny

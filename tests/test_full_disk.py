@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from library.training import states
+from library.training.resuming import states
 from tests.lives import Life, assert_same, assert_whole, stored
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk")

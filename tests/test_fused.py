@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from library.training import engines, parts
-from library.training.fused import FusedStepper, divide_evenly
-from library.training.parts import Parts
+from library.training.device import engines
+from library.training.optimization import parts
+from library.training.optimization.fused import FusedStepper, divide_evenly
+from library.training.optimization.parts import Parts
 from tests.tiny import read_log, scalars, stored
 
 PASS, GROUPS = {"fused_backward_pass": True}, {"fused_optimizer_groups": 5}

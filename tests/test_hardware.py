@@ -3,8 +3,8 @@ import torch
 
 from library.environment import Card
 from library.errors import UserError
-from library.training import hardware
-from library.training.hardware import Hardware, judge, supports, usable_precision
+from library.training.device import hardware
+from library.training.device.hardware import Hardware, judge, supports, usable_precision
 
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 OLD = Card("GeForce GTX 1080", (6, 1), 560)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from library.training import states
+from library.training.resuming import states
 from tests.fork_server import Ended
 from tests.lives import Life, assert_same, assert_whole, stored
 

@@ -16,7 +16,7 @@ from library import cli, console, options
 from library.errors import UserError
 from library.options import LogOptions, Settings
 from library.training.logs import open_log, run_folder
-from library.training.state import Progress
+from library.training.resuming.state import Progress
 from library.training.trackers import check_trackers, public_config, public_value
 from tests.tiny import EventAccumulator
 

@@ -6,9 +6,10 @@ from torch import nn
 
 from library.errors import UserError
 from library.options import CacheOptions, MemoryOptions
-from library.training import engines, offload, placement, preparation
-from library.training.offload import offload_checkpoints, offloaded
-from library.training.placement import Placement, place
+from library.training import preparation
+from library.training.device import engines, offload, placement
+from library.training.device.offload import offload_checkpoints, offloaded
+from library.training.device.placement import Placement, place
 from tests import tiny
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from library.training.optimizers import effective_rates
+from library.training.optimization.optimizers import effective_rates
 from tests.quadratic import optimizer_of, options, step, weights
 
 

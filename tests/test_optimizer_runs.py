@@ -4,8 +4,8 @@ import pytest
 
 from library.models.files.checkpoint import open_weights
 from library.options.optimizer import OPTIMIZERS
-from library.training import states
-from library.training.state import read_objects
+from library.training.resuming import states
+from library.training.resuming.state import read_objects
 from tests.quadratic import options
 from tests.tiny import read_logs, scalars, stored
 

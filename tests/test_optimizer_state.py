@@ -1,4 +1,4 @@
-"""library/training/optimizers.py: what optimizers keep, over a restart and in bytes."""
+"""library/training/optimization/optimizers.py: what optimizers keep, over a restart and in bytes."""
 
 import copy
 import json
@@ -11,11 +11,11 @@ from transformers.optimization import Adafactor
 
 from library.options.optimizer import OPTIMIZERS
 from library.options.scheduler import SchedulerOptions
-from library.training import foreign_state
 from library.training.methods.base import ParameterGroup
-from library.training.optimizers import load_optimizer, make_optimizer, name_of, state_bytes, tensors_in
-from library.training.packing import pack, unpack
-from library.training.schedulers import make_scheduler
+from library.training.optimization.optimizers import load_optimizer, make_optimizer, name_of, state_bytes, tensors_in
+from library.training.optimization.schedulers import make_scheduler
+from library.training.resuming import foreign_state
+from library.training.resuming.packing import pack, unpack
 from tests.quadratic import MODULES, leaves, optimizer_of, options, step, weights
 
 STEPS = 4

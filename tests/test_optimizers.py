@@ -1,4 +1,4 @@
-"""library/training/optimizers.py: optimizers by name, their packages, arguments and rates."""
+"""library/training/optimization/optimizers.py: optimizers by name, their packages, arguments and rates."""
 
 import sys
 
@@ -9,10 +9,10 @@ from torch import nn
 from library import console
 from library.errors import UserError
 from library.options.optimizer import OPTIMIZERS, TORCH_OPTIMIZERS, OptimizerOptions
-from library.training import optimizers
 from library.training.methods.base import ParameterGroup
-from library.training.movement import Movement
-from library.training.optimizers import (
+from library.training.optimization import optimizers
+from library.training.optimization.movement import Movement
+from library.training.optimization.optimizers import (
     described,
     import_optimizer,
     make_optimizer,

@@ -17,8 +17,8 @@ from torch import nn
 
 from library.errors import UserError
 from library.options import DistributedOptions
-from library.training import accelerator, engines
-from library.training.accelerator import connection
+from library.training.device import accelerator, engines
+from library.training.device.accelerator import connection
 from library.training.methods.base import ParameterGroup
 from tests.fork_server import Ended
 from tests.processes import run

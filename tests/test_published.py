@@ -10,10 +10,10 @@ from torch import nn
 
 from library.options.optimizer import OptimizerOptions
 from library.training.methods.base import Method, ParameterGroup
-from library.training.optimizers import make_optimizer
-from library.training.parts import Parts
+from library.training.optimization.optimizers import make_optimizer
+from library.training.optimization.parts import Parts
+from library.training.optimization.rounding import Rounding
 from library.training.published import published_weights
-from library.training.rounding import Rounding
 
 
 class _Method:

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from library.generation import paint as painting
-from library.training import memory, rehearsal
+from library.training import rehearsal
+from library.training.device import memory
 from library.training.methods.network import NetworkMethod
+from library.training.optimization.stepper import Stepper
 from library.training.step import TrainingStep
-from library.training.stepper import Stepper
 from networks.lora import LoRANetwork
 from tests.tiny import draw_pictures, stored
 

@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from library.training.requests import Requests
-from library.training.resume import restore_scheduler
+from library.training.resuming.resume import restore_scheduler
 from tests.tiny import read_logs, scalars, stored
 
 Run = Callable[..., str]

@@ -1,9 +1,9 @@
-"""library/training/rounding.py: stochastic rounding is right on average, and only then do small steps add up."""
+"""library/training/optimization/rounding.py: rounding is right on average; only then do small steps add up."""
 
 import pytest
 import torch
 
-from library.training.rounding import Rounding, rounded
+from library.training.optimization.rounding import Rounding, rounded
 
 KINDS = [torch.bfloat16, torch.float16]
 INF = float("inf")

@@ -10,9 +10,9 @@ from torch import nn
 from library.errors import UserError
 from library.options.saving import SaveOptions
 from library.training import events
+from library.training.optimization.stepper import Stepper
+from library.training.resuming.state import Progress, TrainState
 from library.training.saving import Saver, all_finite
-from library.training.state import Progress, TrainState
-from library.training.stepper import Stepper
 from tests.tiny import stored
 
 SHORT = {"train_batch_size": 6}  # one step an epoch

@@ -7,9 +7,9 @@ import torch
 
 from library.models.files.checkpoint import open_weights
 from library.options import SchedulerOptions, options_of
-from library.training.courses import sample
-from library.training.packing import pack
-from library.training.schedulers import planned
+from library.training.optimization.courses import sample
+from library.training.optimization.schedulers import planned
+from library.training.resuming.packing import pack
 from tests.courses import CLASSES, NAMED, Run, options
 from tests.tiny import read_logs, scalars, stored
 

@@ -1,4 +1,4 @@
-"""library/training/schedulers.py and what follows it: courses of the learning rate, their plan, going on in them."""
+"""Courses of the learning rate: optimization/schedulers.py and what follows it, their plan, going on in them."""
 
 import itertools
 import json
@@ -15,12 +15,12 @@ from library.errors import UserError
 from library.options import SchedulerOptions, options_of
 from library.options.optimizer import OptimizerOptions
 from library.options.scheduler import LR_SCHEDULERS
-from library.training import courses, schedulers
-from library.training.courses import course, sample
 from library.training.methods.base import ParameterGroup
-from library.training.optimizers import make_optimizer
-from library.training.planned_rates import rate_chart
-from library.training.schedulers import check_length, check_scheduler, make_scheduler, planned
+from library.training.optimization import courses, schedulers
+from library.training.optimization.courses import course, sample
+from library.training.optimization.optimizers import make_optimizer
+from library.training.optimization.planned_rates import rate_chart
+from library.training.optimization.schedulers import check_length, check_scheduler, make_scheduler, planned
 from tests.courses import CLASSES, NAMED, RATES, Run, options
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden/lr_schedules.json").read_text())

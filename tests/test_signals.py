@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from library.training import states
 from library.training.events import Obey
 from library.training.requests import Requests
-from library.training.state import Progress
+from library.training.resuming import states
+from library.training.resuming.state import Progress
 from tests.lives import Life, assert_tidy, assert_whole, stored
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")

@@ -15,10 +15,10 @@ from torch import nn
 from library.errors import UserError
 from library.options.saving import SaveOptions
 from library.replacing import clean_up, remove, replacing, replacing_folder
-from library.training import states
-from library.training.packing import pack, put, raw, unpack
+from library.training.resuming import states
+from library.training.resuming.packing import pack, put, raw, unpack
+from library.training.resuming.states import VERSION, find, read, sealed, tidy, unsealed, write_manifest
 from library.training.retention import Series, all_series, last_saved, last_steps
-from library.training.states import VERSION, find, read, sealed, tidy, unsealed, write_manifest
 
 DATA = Path(__file__).parent / "data"
 

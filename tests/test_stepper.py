@@ -16,12 +16,12 @@ from transformers.optimization import Adafactor
 
 from library.errors import UserError
 from library.options import MemoryOptions, PrecisionOptions
-from library.training import stepper as steppers
 from library.training.methods.base import ParameterGroup
-from library.training.movement import Movement
-from library.training.parts import Parts, can_be_split, divide
-from library.training.rounding import Rounding
-from library.training.stepper import HalfStepper
+from library.training.optimization import stepper as steppers
+from library.training.optimization.movement import Movement
+from library.training.optimization.parts import Parts, can_be_split, divide
+from library.training.optimization.rounding import Rounding
+from library.training.optimization.stepper import HalfStepper
 from tests.tiny import read_log, scalars, stored
 
 SPLITTABLE = {

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from library.data.batch import Batch
 from library.data.plan import BatchPlan
 from library.errors import UserError
-from library.training.state import Progress
-from library.training.stepper import StepInfo
+from library.training.optimization.stepper import StepInfo
+from library.training.resuming.state import Progress
 from library.training.tracking import Tracker
 
 NAN, INF = float("nan"), float("inf")

@@ -16,7 +16,7 @@ from library.data.records import scan
 from library.errors import UserError
 from library.models.files.checkpoint import open_weights
 from library.models.registry import ModelInfo
-from library.training.movement import Movement
+from library.training.optimization.movement import Movement
 from networks import lora
 from tests.pictures import dataset, subset
 from tests.processes import train_script

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from library.training import states
+from library.training.resuming import states
 from tests.lives import Life, assert_same, assert_tidy, assert_whole, stored
 from tests.processes import ACCELERATE, ROOT
 from tests.test_kills import chance

@@ -5,7 +5,7 @@ import pytest
 from library.options.saving import SaveOptions
 from library.options.validation import ValidationOptions
 from library.training.requests import RunEnded
-from library.training.state import Progress
+from library.training.resuming.state import Progress
 from library.training.validation import SaveBest, StopEarly, Validate, ValidationLoss
 
 

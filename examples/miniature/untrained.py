@@ -29,7 +29,7 @@ with console.quiet_dependencies():
         open_clip_key_map,
     )
     from library.models.text import TextEncoder
-    from library.training.precision import SAVED
+    from library.training.device.precision import SAVED
 
 LOGIT_SCALE = math.log(100)  # where CLIP's training stops it
 

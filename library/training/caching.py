@@ -22,9 +22,9 @@ from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.precision import PrecisionOptions
 from library.options.saving import SaveOptions
-from library.training import precision
 from library.training.base_model import inspect_for_tool
-from library.training.hardware import settle_precision
+from library.training.device import precision
+from library.training.device.hardware import settle_precision
 
 
 def latents_layout(info: ModelInfo) -> LatentsLayout:

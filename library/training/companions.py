@@ -13,24 +13,25 @@ from library.options.saving import SaveOptions
 from library.options.scheduler import SchedulerOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
-from library.training import events, resume
-from library.training.differences import facts
+from library.training import events
 from library.training.ema import Ema
 from library.training.logs import Continued, open_log
 from library.training.methods.base import Method
 from library.training.motion import Motion
-from library.training.movement import Movement
+from library.training.optimization.movement import Movement
+from library.training.optimization.planned_rates import show_planned_rates
 from library.training.outlook import Outlook
-from library.training.planned_rates import show_planned_rates
 from library.training.preparation import Caches
 from library.training.previews import Previewer
 from library.training.provenance import Provenance
 from library.training.published import published_weights
 from library.training.report import before_training
 from library.training.requests import Requests
+from library.training.resuming import resume
+from library.training.resuming.differences import facts
+from library.training.resuming.state import TrainState
+from library.training.resuming.states import control_file
 from library.training.saving import Saver
-from library.training.state import TrainState
-from library.training.states import control_file
 from library.training.step import TrainingStep
 from library.training.tracking import Tracker
 from library.training.upload import Uploader

@@ -25,20 +25,22 @@ from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
-from library.training import engines, events, resume
-from library.training.differences import facts
-from library.training.frozen import parts_in_8_bits
-from library.training.fused import divide_evenly
+from library.training import events
+from library.training.device import engines
+from library.training.device.frozen import parts_in_8_bits
+from library.training.device.placement import place
 from library.training.methods.base import Method, ParameterGroup
-from library.training.optimizers import make_optimizer, state_bytes
+from library.training.optimization.fused import divide_evenly
+from library.training.optimization.optimizers import make_optimizer, state_bytes
 from library.training.outlook import Outlook
-from library.training.packing import raw
-from library.training.placement import place
 from library.training.previews import with_seed
 from library.training.report import before_training
+from library.training.resuming import resume
+from library.training.resuming.differences import facts
+from library.training.resuming.packing import raw
+from library.training.resuming.state import Progress
+from library.training.resuming.states import SUFFIX
 from library.training.retention import all_series
-from library.training.state import Progress
-from library.training.states import SUFFIX
 from library.training.text_caching import text_options
 from library.training.validation import measures
 

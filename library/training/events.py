@@ -13,11 +13,11 @@ from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
 from library.training.ema import Ema
 from library.training.lagged import LaggedCopy
-from library.training.movement import Movement
+from library.training.optimization.movement import Movement
 from library.training.previews import Previewer
 from library.training.requests import Requests, RunEnded
+from library.training.resuming.state import Progress
 from library.training.saving import Saver
-from library.training.state import Progress
 from library.training.step import TrainingStep
 from library.training.timesteps import Timesteps
 

@@ -20,20 +20,21 @@ from library.options.objective import ObjectiveOptions
 from library.options.precision import PrecisionOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.training import TrainingOptions
-from library.training import determinism, engines, together
+from library.training import together
 from library.training.base_model import Script
 from library.training.caching import plan_for_run
 from library.training.companions import Companions, accompany
-from library.training.compilation import compile_blocks, settle_backend
+from library.training.device import determinism, engines
+from library.training.device.compilation import compile_blocks, settle_backend
+from library.training.device.frozen import check_8_bits, not_exchanged, round_to_8_bits
+from library.training.device.hardware import choose_attention
+from library.training.device.offload import offload_checkpoints
+from library.training.device.placement import Placement, place
 from library.training.dry_run import show_run
-from library.training.frozen import check_8_bits, not_exchanged, round_to_8_bits
-from library.training.hardware import choose_attention
 from library.training.inspection import show_dataset
 from library.training.methods.base import Method
 from library.training.motion import Motion, set_in_motion
-from library.training.offload import offload_checkpoints
 from library.training.outlook import Outlook, look_ahead
-from library.training.placement import Placement, place
 from library.training.preflight import Plans
 from library.training.preparation import Caches, prepare_caches
 from library.training.rehearsal import rehearse

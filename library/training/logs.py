@@ -20,7 +20,7 @@ from library import console
 from library.errors import UserError
 from library.options.base import Settings
 from library.options.logging import LogOptions
-from library.training.state import Progress
+from library.training.resuming.state import Progress
 from library.training.trackers import public_config, read_tracker_config, wandb_arguments
 
 Continued = dict[str, Any]

@@ -8,14 +8,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.options.optimizer import OptimizerOptions
 from library.options.scheduler import SchedulerOptions
-from library.training import engines
+from library.training.device import engines
 from library.training.methods.base import Method, ParameterGroup
-from library.training.optimizers import make_optimizer
+from library.training.optimization.optimizers import make_optimizer
+from library.training.optimization.schedulers import make_scheduler
+from library.training.optimization.stepper import Stepper
+from library.training.optimization.steppers import make_stepper
 from library.training.outlook import Outlook
-from library.training.schedulers import make_scheduler
 from library.training.step import TrainingStep
-from library.training.stepper import Stepper
-from library.training.steppers import make_stepper
 
 
 @dataclass(frozen=True)

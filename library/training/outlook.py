@@ -22,19 +22,21 @@ from library.options.saving import SaveOptions
 from library.options.scheduler import SchedulerOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
-from library.training import engines, resume, together
-from library.training.accelerator import make_accelerator
+from library.training import together
 from library.training.base_model import Script, inspect_base_model, prediction_for
+from library.training.device import engines
+from library.training.device.accelerator import make_accelerator
+from library.training.device.precision import Precision
 from library.training.logs import Continued
 from library.training.methods.base import Method
-from library.training.optimizers import try_optimizer
-from library.training.precision import Precision
+from library.training.optimization.optimizers import try_optimizer
+from library.training.optimization.schedulers import check_length, check_scheduler
+from library.training.optimization.steppers import check_stepper
 from library.training.preflight import Plans
-from library.training.schedulers import check_length, check_scheduler
+from library.training.resuming import resume
+from library.training.resuming.state import Progress
+from library.training.resuming.states import StateFolder
 from library.training.shared_scan import scan_together
-from library.training.state import Progress
-from library.training.states import StateFolder
-from library.training.steppers import check_stepper
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from library.options.textual_inversion import TextualInversionOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 from library.suffixes import WEIGHTS_SUFFIXES
-from library.training import states
 from library.training.hub import check_hub, download_state
+from library.training.resuming import states
 from library.training.trackers import check_trackers
 
 

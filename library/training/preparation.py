@@ -16,7 +16,7 @@ from library.models.registry import ModelInfo
 from library.options.cache import CacheOptions
 from library.training import together
 from library.training.caching import vae_encoder
-from library.training.placement import Placement, leave
+from library.training.device.placement import Placement, leave
 from library.training.text_caching import text_layout
 
 

@@ -15,11 +15,11 @@ from library.generation.prompts import PromptLine
 from library.options.preview import PreviewOptions
 from library.randomness import address
 from library.replacing import replacing
-from library.training import engines, memory
-from library.training.placement import on_device
+from library.training.device import engines, memory
+from library.training.device.placement import on_device
 from library.training.published import Published
-from library.training.state import Progress
-from library.training.states import SAMPLES
+from library.training.resuming.state import Progress
+from library.training.resuming.states import SAMPLES
 from library.training.step import TrainingStep
 from library.training.tracking import Tracker
 

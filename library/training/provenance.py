@@ -15,10 +15,10 @@ from library.models.registry import public_name
 from library.options.optimizer import OptimizerOptions
 from library.options.scheduler import SchedulerOptions
 from library.training.methods.base import Method
-from library.training.optimizers import described
+from library.training.optimization.optimizers import described
+from library.training.optimization.schedulers import settle
 from library.training.outlook import Outlook
-from library.training.schedulers import settle
-from library.training.state import Progress
+from library.training.resuming.state import Progress
 
 
 def most_common_size(table: RecordTable) -> Size:

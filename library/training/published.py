@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from library.training.methods.base import Method
-from library.training.parts import in_float32
+from library.training.optimization.parts import in_float32
 
 Published = Callable[[], contextlib.AbstractContextManager[None]]
 """Gives a context in which the trained tensors are those to show and save."""

@@ -21,17 +21,18 @@ from library.generation.paint import evaluating, paint
 from library.options.ema import EmaOptions
 from library.options.preview import PreviewOptions
 from library.options.saving import SaveOptions
-from library.training import engines, memory, together
+from library.training import together
+from library.training.device import engines, memory
+from library.training.device.placement import on_device
 from library.training.ema import Ema
 from library.training.methods.base import Method
 from library.training.motion import Motion
-from library.training.optimizers import forget_steps, tensors_in
+from library.training.optimization.optimizers import forget_steps, tensors_in
 from library.training.outlook import Outlook
-from library.training.packing import raw
-from library.training.placement import on_device
 from library.training.previews import with_seed
 from library.training.provenance import Provenance
 from library.training.published import published_weights
+from library.training.resuming.packing import raw
 from library.training.step import TrainingStep
 from library.training.validation import untouched_generators
 

@@ -5,8 +5,8 @@ from accelerate import Accelerator
 
 from library.data.report.summary import Summary
 from library.training.methods.base import ParameterGroup
-from library.training.movement import Movement
-from library.training.state import Progress
+from library.training.optimization.movement import Movement
+from library.training.resuming.state import Progress
 
 
 def before_training(

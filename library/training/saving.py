@@ -13,14 +13,15 @@ from library.console import notice, warn
 from library.errors import UserError
 from library.options.saving import SaveOptions
 from library.replacing import remove
-from library.training import engines, together
+from library.training import together
+from library.training.device import engines
 from library.training.ema import Ema
 from library.training.health import NotFinite
 from library.training.methods.base import Method
 from library.training.published import Published
+from library.training.resuming.state import Progress, TrainState
+from library.training.resuming.states import SUFFIX, file_names
 from library.training.retention import Series, all_series
-from library.training.state import Progress, TrainState
-from library.training.states import SUFFIX, file_names
 from library.training.tracking import Tracker
 from library.training.upload import Uploader
 

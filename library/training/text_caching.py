@@ -17,8 +17,8 @@ from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.model import ModelOptions
 from library.training import together
-from library.training.accelerator import make_accelerator
 from library.training.base_model import inspect_for_tool
+from library.training.device.accelerator import make_accelerator
 
 
 def text_options(options: ModelOptions) -> TextOptions:

@@ -20,8 +20,8 @@ from library.errors import some
 from library.training.health import Health, NotFinite
 from library.training.lagged import LaggedCopy
 from library.training.logs import Log
-from library.training.state import Progress
-from library.training.stepper import StepInfo
+from library.training.optimization.stepper import StepInfo
+from library.training.resuming.state import Progress
 from library.transfer import to_device
 
 _WINDOW = 100  # steps that averages look back

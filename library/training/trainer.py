@@ -11,8 +11,8 @@ from library.data.batch import Batch
 from library.randomness import address
 from library.training.events import Schedule
 from library.training.methods.base import Method
-from library.training.state import Progress
-from library.training.stepper import Stepper
+from library.training.optimization.stepper import Stepper
+from library.training.resuming.state import Progress
 from library.training.tracking import Tracker
 
 

@@ -29,16 +29,17 @@ from library.options.dataset import DatasetOptions
 from library.options.saving import SaveOptions
 from library.options.validation import ValidationOptions
 from library.randomness import address
-from library.training import engines, together
+from library.training import together
 from library.training.caching import latents_layout, vae_encoder
+from library.training.device import engines
 from library.training.events import every
 from library.training.health import NotFinite
 from library.training.outlook import Outlook
 from library.training.preparation import Caches
 from library.training.published import Published
 from library.training.requests import RunEnded
+from library.training.resuming.state import Progress
 from library.training.saving import all_finite
-from library.training.state import Progress
 from library.training.step import TrainingStep
 from library.training.tracking import RANGES, Tracker
 

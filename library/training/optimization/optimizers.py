@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from library.console import notice, quiet_dependencies, warn
 from library.errors import UserError
 from library.options.optimizer import OPTIMIZERS, TORCH_OPTIMIZERS, OptimizerOptions
-from library.training.apart import by_rate
-from library.training.arguments import literal, literal_keywords, takes
-from library.training.classes import import_class, reason
 from library.training.methods.base import ParameterGroup
-from library.training.packing import pack
+from library.training.optimization.apart import by_rate
+from library.training.optimization.arguments import literal, literal_keywords, takes
+from library.training.optimization.classes import import_class, reason
+from library.training.resuming.packing import pack
 
 _PARAMETER_SHAPED = (
     *("exp_avg", "exp_avg_sq", "exp_avg_diff", "pre_grad", "momentum_buffer", "square_avg"),

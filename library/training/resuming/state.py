@@ -16,9 +16,11 @@ from library.errors import UserError
 from library.models.files.checkpoint import open_weights, write_tensors
 from library.models.metadata import IMPLEMENTATION_VERSION
 from library.replacing import replacing, replacing_folder, working_names
-from library.training import engines, states, together
-from library.training.packing import pack, put, raw, unpack
-from library.training.states import StateFolder
+from library.training import together
+from library.training.device import engines
+from library.training.resuming import states
+from library.training.resuming.packing import pack, put, raw, unpack
+from library.training.resuming.states import StateFolder
 from library.training.step import TrainingStep
 
 _OURS = {"modelspec.implementation_version": IMPLEMENTATION_VERSION}  # whoever reads the files may trust their hashes

@@ -20,8 +20,9 @@ from library.options.precision import PrecisionOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.saving import SaveOptions
 from library.options.training import TrainingOptions
-from library.training import engines, precision, together
-from library.training.hardware import settle_precision
+from library.training import together
+from library.training.device import engines, precision
+from library.training.device.hardware import settle_precision
 from library.training.logs import Continued, run_folder
 from library.training.trackers import tracker_names
 

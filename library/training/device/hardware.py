@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.models import attention
 from library.models.family import Family
 from library.options.attention import AttentionOptions
-from library.training.precision import Precision
+from library.training.device.precision import Precision
 
 
 @dataclass(frozen=True)

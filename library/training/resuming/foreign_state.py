@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from library.console import warn
 from library.errors import UserError
 from library.models.files.checkpoint import open_weights
-from library.training.packing import check_constant, raw
+from library.training.resuming.packing import check_constant, raw
 
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _OPTIMIZERS = ("optimizer.bin", "optimizer.pt")

@@ -7,11 +7,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from library.data.report.chart import COLOURS, FAINT, INK, MARGIN, PAPER, ROW, WIDTH
 from library.options.scheduler import SchedulerOptions
-from library.training.courses import put_at, sample
 from library.training.logs import Log
-from library.training.optimizers import finds_steps
-from library.training.schedulers import planned
-from library.training.state import Progress
+from library.training.optimization.courses import put_at, sample
+from library.training.optimization.optimizers import finds_steps
+from library.training.optimization.schedulers import planned
+from library.training.resuming.state import Progress
 
 if TYPE_CHECKING:
     from library.training.motion import Motion

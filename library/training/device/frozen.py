@@ -10,7 +10,7 @@ from library.errors import UserError
 from library.models import float8
 from library.models.family import Family
 from library.options.precision import PrecisionOptions
-from library.training import engines
+from library.training.device import engines
 from library.training.methods.base import Method
 
 

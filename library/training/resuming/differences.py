@@ -29,9 +29,9 @@ from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
 from library.options.textual_inversion import TextualInversionOptions
 from library.options.validation import ValidationOptions
-from library.training import engines
+from library.training.device import engines
 from library.training.logs import Continued
-from library.training.optimizers import name_of
+from library.training.optimization.optimizers import name_of
 from library.training.shared_scan import digest
 from library.training.trackers import public_value
 

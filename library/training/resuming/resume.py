@@ -15,15 +15,17 @@ from library.models.files.checkpoint import open_weights
 from library.options.base import options_of
 from library.options.resume import ResumeOptions
 from library.options.scheduler import SchedulerOptions
-from library.training import engines, foreign_state, together
-from library.training.courses import course, put_at, require_rates, sample, take_over
-from library.training.differences import say_differences, what_does_not_fit
-from library.training.optimizers import finds_steps, load_optimizer
-from library.training.packing import check_shapes
+from library.training import together
+from library.training.device import engines
+from library.training.optimization.courses import course, put_at, require_rates, sample, take_over
+from library.training.optimization.optimizers import finds_steps, load_optimizer
+from library.training.optimization.schedulers import planned
 from library.training.requests import RunEnded
-from library.training.schedulers import planned
-from library.training.state import Progress, TrainState, load_trained, read_objects
-from library.training.states import ENGINE, LATEST, SUFFIX, TRAINED, StateFolder, read
+from library.training.resuming import foreign_state
+from library.training.resuming.differences import say_differences, what_does_not_fit
+from library.training.resuming.packing import check_shapes
+from library.training.resuming.state import Progress, TrainState, load_trained, read_objects
+from library.training.resuming.states import ENGINE, LATEST, SUFFIX, TRAINED, StateFolder, read
 
 if TYPE_CHECKING:
     from library.training.motion import Motion

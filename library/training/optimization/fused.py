@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from library import console
-from library.training.parts import Parts
-from library.training.rounding import Rounding
-from library.training.stepper import Stepper, clip_factor, gradient_norm
+from library.training.optimization.parts import Parts
+from library.training.optimization.rounding import Rounding
+from library.training.optimization.stepper import Stepper, clip_factor, gradient_norm
 
 
 class FusedStepper(Stepper):

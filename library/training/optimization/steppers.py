@@ -13,12 +13,12 @@ from library.options.memory import MemoryOptions
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.precision import PrecisionOptions
-from library.training import engines
-from library.training.fused import FusedStepper
+from library.training.device import engines
 from library.training.methods.base import Method
-from library.training.optimizers import import_optimizer
-from library.training.parts import can_be_split
-from library.training.stepper import HalfStepper, Stepper
+from library.training.optimization.fused import FusedStepper
+from library.training.optimization.optimizers import import_optimizer
+from library.training.optimization.parts import can_be_split
+from library.training.optimization.stepper import HalfStepper, Stepper
 
 if TYPE_CHECKING:
     from library.training.outlook import Outlook

@@ -15,11 +15,11 @@ from library.console import notice, quiet_dependencies, warn
 from library.errors import UserError
 from library.options.optimizer import OptimizerOptions
 from library.options.scheduler import LR_SCHEDULERS, SchedulerOptions
-from library.training.arguments import literal, literal_keywords
-from library.training.classes import import_class
-from library.training.courses import WALKED, Spare, require_rates
-from library.training.optimizers import finds_steps, probe_optimizer
-from library.training.packing import pack
+from library.training.optimization.arguments import literal, literal_keywords
+from library.training.optimization.classes import import_class
+from library.training.optimization.courses import WALKED, Spare, require_rates
+from library.training.optimization.optimizers import finds_steps, probe_optimizer
+from library.training.resuming.packing import pack
 
 _LOWEST_OF_POLYNOMIAL = 1e-7
 _GIVEN = ("last_epoch",)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.training.engines import local
+from library.training.device.engines import local
 from library.training.methods.base import ParameterGroup
 
 _SAMPLED = 4096  # values watched of each parameter, spread evenly

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.plan import BatchPlan
-from library.training import memory
-from library.training.engines import whole
-from library.training.optimizers import effective_rates
-from library.training.parts import Parts
-from library.training.rounding import Rounding
+from library.training.device import memory
+from library.training.device.engines import whole
+from library.training.optimization.optimizers import effective_rates
+from library.training.optimization.parts import Parts
+from library.training.optimization.rounding import Rounding
 
 _TINY = 1e-7  # not 0 in fp16 either
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.training.rounding import Rounding
+from library.training.optimization.rounding import Rounding
 
 HALF = (torch.bfloat16, torch.float16)
 _VALUES = 2**24  # brought to float32 at a time: with gradients and what the optimizer computes, about 0.25 GB
