@@ -89,11 +89,16 @@ VARIANTS: dict[str, dict[str, object]] = {
     "texts on disk": {"cache_text_encoder_outputs_to_disk": True, "network_train_unet_only": True},
     "warm-up": {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3},
     "bf16": {"mixed_precision": "bf16"},
+    "bf16 throughout": {"mixed_precision": "bf16", "full_bf16": True},
+    "fused": {"fused_backward_pass": True, "optimizer_type": "AdaFactor"},
+    "a rate for each part": {"optimizer_type": "DAdaptAdam", "unet_lr": 1, "text_encoder_lr": 0.5},
+    "class by name": {"lr_scheduler_type": "OneCycleLR"},
+    "learned timesteps": {"timestep_distribution": "loss_aware", "noise_offset": 0.1, "multires_noise_iterations": 2},
     "workers": {"max_data_loader_n_workers": 2, "color_aug": True},
     "epochs": {"save_every_n_epochs": 1, "save_last_n_epochs": 1, "save_every_n_steps": None},
     "ratio": {"save_n_epoch_ratio": 3, "save_last_n_epochs_state": 1, "save_every_n_steps": None},
 }
-FINE_TUNED = ("accumulation", "ema", "8 bit", "schedule-free", "bf16", "latents on disk")
+FINE_TUNED = ("accumulation", "ema", "8 bit", "schedule-free", "bf16", "bf16 throughout", "fused", "latents on disk")
 """Variants that fine-tuning is tried in, too."""
 
 
