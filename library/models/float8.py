@@ -19,16 +19,14 @@ _LARGEST = torch.finfo(FORMAT).max
 _FEWEST_CHANNELS = 16  # layers with fewer, which read and write latents, are small and every value passes them
 
 
-def store_in_8_bits(module: nn.Module) -> int:
+def store_in_8_bits(module: nn.Module) -> None:
     """Keep the weights of a tree's Linear and Conv2d layers in 8 bits from now on, which train no more. Biases, norms,
-    embeddings and layers of few channels stay as they are. Returns how many layers there are.
+    embeddings and layers of few channels stay as they are.
     """
-    layers = [layer for layer in module.modules() if takes_8_bits(layer)]
-    for layer in layers:
+    for layer in filter(takes_8_bits, module.modules()):
         rounded = layer.weight.detach().clamp(-_LARGEST, _LARGEST).to(FORMAT)
         layer.weight = nn.Parameter(rounded, requires_grad=False)
         layer.forward = MethodType(_linear if isinstance(layer, nn.Linear) else _convolved, layer)
-    return len(layers)
 
 
 def takes_8_bits(layer: nn.Module) -> bool:
