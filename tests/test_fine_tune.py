@@ -241,7 +241,7 @@ def test_datasets_are_described_by_metadata_files(run, refused, pictures, metada
 
 def test_flags_and_models_that_do_not_go_together(refused, model_files):
     sdxl = refused(pretrained_model_name_or_path=model_files("sdxl"))
-    assert "is an SDXL model: train it with sdxl_train_network.py" in sdxl
+    assert "is an SDXL model: train it with sdxl_train.py" in sdxl
     cached = refused(cache_text_encoder_outputs=True, train_text_encoder=True)
     assert "what a text encoder puts out changes while it is trained" in cached
     assert "--save_model_as: 'pt' is none of ckpt" in refused(save_model_as="pt")

@@ -13,12 +13,15 @@ from library.errors import UserError
 from library.options import (
     CacheOptions,
     DatasetOptions,
+    DreamBoothOptions,
     FineTuneOptions,
+    FullModelOptions,
     NetworkOptions,
     OptimizerOptions,
     Option,
     PreviewOptions,
     SchedulerOptions,
+    SdxlFineTuneOptions,
     TextualInversionOptions,
     TrainingOptions,
     options_of,
@@ -27,8 +30,9 @@ from library.options.base import STEPS_OR_FRACTION, parse_key_values
 from library.options.loader import LoaderOptions
 from library.options.logging import LogOptions
 
-GROUPS = [value for name, value in vars(options).items() if name.endswith("Options")]
-METHODS = (FineTuneOptions, NetworkOptions, TextualInversionOptions)  # a script has one of them
+GROUPS = [value for name, value in vars(options).items() if name.endswith("Options") and value is not FullModelOptions]
+# A script has one of them.
+METHODS = (DreamBoothOptions, FineTuneOptions, SdxlFineTuneOptions, NetworkOptions, TextualInversionOptions)
 FLAGS = [option for group in GROUPS if group not in METHODS or group is NetworkOptions for option in options_of(group)]
 TYPE_NAMES = {bool: "", int: "int", float: "float", str: "str", Path: "Path", STEPS_OR_FRACTION: "int_or_float"}
 

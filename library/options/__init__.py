@@ -7,8 +7,10 @@ from library.options.config import ConfigOptions
 from library.options.console import ConsoleOptions
 from library.options.dataset import DatasetOptions
 from library.options.distributed import DistributedOptions
+from library.options.dreambooth import DreamBoothOptions
 from library.options.ema import EmaOptions
 from library.options.finetune import FineTuneOptions
+from library.options.full_model import FullModelOptions
 from library.options.huggingface import HubOptions
 from library.options.loader import LoaderOptions
 from library.options.logging import LogOptions
@@ -25,6 +27,7 @@ from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
 from library.options.scheduler import SchedulerOptions
 from library.options.sdxl import SdxlOptions
+from library.options.sdxl_finetune import SdxlFineTuneOptions
 from library.options.textual_inversion import TextualInversionOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
@@ -64,8 +67,10 @@ __all__ = [
     "ConsoleOptions",
     "DatasetOptions",
     "DistributedOptions",
+    "DreamBoothOptions",
     "EmaOptions",
     "FineTuneOptions",
+    "FullModelOptions",
     "HubOptions",
     "LoaderOptions",
     "LogOptions",
@@ -82,6 +87,7 @@ __all__ = [
     "ResumeOptions",
     "SaveOptions",
     "SchedulerOptions",
+    "SdxlFineTuneOptions",
     "SdxlOptions",
     "Settings",
     "TextualInversionOptions",

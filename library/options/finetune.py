@@ -1,38 +1,32 @@
-"""Full fine-tuning: which parts of the model are trained, and what the result is written as."""
+"""Full fine-tuning of Stable Diffusion 1.x and 2.x."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from library.console import notice
 from library.options.base import option
-
-_WITH_SAFETENSORS = {"ckpt": "safetensors", "pt": "safetensors", "diffusers": "diffusers_safetensors"}
+from library.options.full_model import FullModelOptions
 
 
 @dataclass(frozen=True)
-class FineTuneOptions:
-    """The parts that are trained, and the format of the trained model."""
+class FineTuneOptions(FullModelOptions):
+    """The parts that are trained."""
 
-    title: ClassVar[str] = "fine-tuning"
+    log_name: ClassVar[str] = "finetuning"
 
     train_text_encoder: bool = option(False, "train the text encoder, too, not only the U-Net")
     learning_rate_te: float | None = option(
         None, "learning rate of the text encoder; --learning_rate when left out", metavar="X", minimum=0
     )
-    save_model_as: str | None = option(
-        None,
-        "format of saved models; that of the model they are made from when left out",
-        metavar="FORMAT",
-        choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
-    )
-    use_safetensors: bool = option(False, "save as safetensors where --save_model_as is left out")
 
     @property
     def trains_text_encoder(self) -> bool:
-        """Whether the text encoder is trained."""
         return self.train_text_encoder
 
-    def format(self, base: str) -> str:
-        """The format to save in, for a model that was read in the format `base`."""
-        if self.save_model_as is not None:
-            return self.save_model_as
-        return _WITH_SAFETENSORS.get(base, base) if self.use_safetensors else base
+    def rates(self, learning_rate: float) -> dict[str, float]:
+        rates = {"unet": learning_rate}
+        if self.train_text_encoder:
+            rates["text_encoder"] = learning_rate if self.learning_rate_te is None else self.learning_rate_te
+        elif self.learning_rate_te is not None:
+            notice("--learning_rate_te has no effect without --train_text_encoder")
+        return rates

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from library import cli, console, options
-from library.data.config import BOTH_KINDS, FINETUNING
+from library.data.config import BOTH_KINDS
 
 if TYPE_CHECKING:
     from library.training.methods.base import Method
@@ -23,18 +23,17 @@ def train_network(description: str, *, sdxl: bool, counterpart: str) -> None:
     _train(description, options.NetworkOptions, method, sdxl=sdxl, counterpart=counterpart)
 
 
-def fine_tune(description: str) -> None:
-    """Train the U-Net, and the text encoder if asked to, on what metadata files describe."""
+def train_model(
+    description: str, own: type[options.FullModelOptions], *, sdxl: bool, counterpart: str, kinds: frozenset[str]
+) -> None:
+    """Train the parts of the model that `own` options name, on subsets of these kinds."""
 
     def method(settings: options.Settings) -> "Method":
         from library.training.methods.finetune import FineTune
 
-        return FineTune(settings[options.FineTuneOptions], settings[options.OptimizerOptions])
+        return FineTune(settings[own], settings[options.OptimizerOptions])
 
-    kinds = frozenset({FINETUNING})
-    # until SDXL models have a script of their own for this, what trains them is a network
-    counterpart = "sdxl_train_network.py"
-    _train(description, options.FineTuneOptions, method, sdxl=False, counterpart=counterpart, kinds=kinds)
+    _train(description, own, method, sdxl=sdxl, counterpart=counterpart, kinds=kinds)
 
 
 def textual_inversion(description: str, *, sdxl: bool, counterpart: str) -> None:

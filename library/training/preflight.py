@@ -14,7 +14,7 @@ from library.options.attention import AttentionOptions
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
-from library.options.finetune import FineTuneOptions
+from library.options.full_model import FullModelOptions
 from library.options.huggingface import HubOptions
 from library.options.logging import LogOptions
 from library.options.memory import MemoryOptions
@@ -144,7 +144,8 @@ def check_memory(settings: Settings) -> None:
     only; what has no effect by itself is said.
     """
     precision, memory = settings[PrecisionOptions], settings[MemoryOptions]
-    if FineTuneOptions not in settings.groups and precision.mixed_precision == "no":
+    trains_model = any(issubclass(group, FullModelOptions) for group in settings.groups)
+    if not trains_model and precision.mixed_precision == "no":
         for name in ("fp8_base", "fp8_base_unet"):
             if getattr(precision, name):
                 raise UserError(

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.console import notice
 from library.errors import UserError
 from library.models.diffusers_writer import check_replaceable
 from library.models.family import Family
 from library.models.metadata import RunFacts, modelspec, training_metadata
 from library.models.registry import ModelInfo
 from library.models.writing import FOLDERS, format_of, place_of, write_model
-from library.options.finetune import FineTuneOptions
+from library.options.full_model import FullModelOptions
 from library.options.optimizer import OptimizerOptions
 from library.training.methods.base import Method, ParameterGroup
 
@@ -22,16 +21,10 @@ from library.training.methods.base import Method, ParameterGroup
 class FineTune(Method):
     """Trains the U-Net and, if asked to, the text encoders. All else stays as it was read and is saved along."""
 
-    log_name = "finetuning"
-
-    def __init__(self, options: FineTuneOptions, optimizer: OptimizerOptions):
+    def __init__(self, options: FullModelOptions, optimizer: OptimizerOptions):
         self.options = options
-        rate = optimizer.learning_rate
-        self.rates = {"unet": rate}
-        if options.train_text_encoder:
-            self.rates["text_encoder"] = rate if options.learning_rate_te is None else options.learning_rate_te
-        elif options.learning_rate_te is not None:
-            notice("--learning_rate_te has no effect without --train_text_encoder")
+        self.log_name = options.log_name
+        self.rates = options.rates(optimizer.learning_rate)
         if not any(self.rates.values()):
             raise UserError("nothing is left to train: every learning rate of the model is 0")
         self.kind: str
@@ -55,11 +48,14 @@ class FineTune(Method):
         return model
 
     def is_trained(self, component: str) -> bool:
-        return component.startswith(tuple(self.rates))  # encoders are numbered
+        kind = "text_encoder" if component.startswith("text_encoder") else component
+        return any(part.startswith(kind) for part in self.rates)
 
     def build(self, model: Family) -> nn.Module:
         self.model = model
-        parts = {"unet": model.unet, "text_encoder": model.text_encoders}
+        one, *others = encoders = model.text_encoders
+        named = {f"text_encoder_{number}": encoder for number, encoder in enumerate(encoders, 1)}
+        parts = {"unet": model.unet, **(named if others else {"text_encoder": one})}
         self.trained = nn.ModuleDict({name: parts[name] for name in self.rates})
         model.requires_grad_(False)
         self.trained.requires_grad_(True)

@@ -70,6 +70,8 @@ _NOT_COMPARED = {
     "max_train_epochs",
     "learning_rate",
     "learning_rate_te",
+    "learning_rate_te1",
+    "learning_rate_te2",
     "unet_lr",
     "text_encoder_lr",
     "optimizer_type",
