@@ -49,6 +49,16 @@ def same(first, second) -> bool:
     )
 
 
+def test_templates_take_the_place_of_captions_but_for_regularisation_images(mixed):
+    table = scan(mixed)
+    examples, plan, found = ImageDataset(table, mixed, templates=("a sks",)), plan_of(table, mixed), set()
+    for batch in map(examples.__getitem__, plan.iterate(0, plan.steps_per_epoch)):
+        for index, caption in zip(batch.records, batch.captions, strict=True):
+            record = table[index]
+            found.add((mixed[record.dataset].subsets[record.subset].is_reg, caption))
+    assert found == {(False, "a sks"), (True, "shape")}
+
+
 def test_a_batch_holds_what_its_plan_says(mixed):
     table = scan(mixed)
     examples = ImageDataset(table, mixed, prior_loss_weight=0.25)

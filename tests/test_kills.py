@@ -15,6 +15,7 @@ import pytest
 from library.training.resuming import states
 from tests.fork_server import Ended
 from tests.lives import Life, assert_same, assert_whole, stored
+from tests.words import SEVERAL
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
 
@@ -141,6 +142,14 @@ def test_variants(compare_variant, name):
 @pytest.mark.parametrize("name", FINE_TUNED)
 def test_variants_of_fine_tuning(compare_variant, name):
     compare_variant(at_random(3), "fine_tune", VARIANTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [at_random, at_operations])
+def test_several_new_words(compare_variant, kills):
+    """Each save is a folder."""
+    changes = {"save_model_as": "safetensors", "caption_prefix": "mychar4", "ema": True, "learning_rate": 0.01}
+    compare_variant(kills(4), "train_textual_inversion", WATCHED | SEVERAL | {"token_string": "mychar4,sks"} | changes)
 
 
 @pytest.mark.slow

@@ -18,27 +18,21 @@ from library.models.files.checkpoint import open_weights
 from library.models.registry import ModelInfo, load_model
 from library.models.text import VOCABULARY_SIZE, Tokenizer
 from library.options import OptimizerOptions, TextualInversionOptions
+from library.options.textual_inversion import file_stem
 from library.training.methods.textual_inversion import TextualInversion
+from tests import tiny
 from tests.lives import assert_same
 from tests.pipelines import picture_of, pipeline_of, pixels
 from tests.tiny import draw_pictures
+from tests.words import WORD, learner
 
-WORD = {"network_module": None, "token_string": "sks", "init_word": "red circle", "num_vectors_per_token": 3}
-SCRIPTS = {"sd1": "train_textual_inversion", "sd2": "train_textual_inversion", "sdxl": "sdxl_train_textual_inversion"}
 WIDTHS = {"sd1": {"emb_params": 64}, "sd2": {"emb_params": 64}, "sdxl": {"clip_l": 32, "clip_g": 64}}
 LINE = "a big sks, red --n blue --w 32 --h 48 --s 4 --l 5 --d 3"
 
 
 @pytest.fixture
 def learn(train, flags, model_files):
-    """`learn(folder, family, **changes)` learns a word of three vectors and returns the file of it."""
-
-    def run(folder: Path, family: str = "sd1", **changes: object) -> Path:
-        changes = {"pretrained_model_name_or_path": model_files(family), "learning_rate": 0.05, **WORD, **changes}
-        train(flags(folder, **changes, v2=True if family == "sd2" else None), script=SCRIPTS[family])
-        return folder / f"run.{changes.get('save_model_as', 'pt')}"
-
-    return run
+    return learner(train, flags, model_files)
 
 
 def knowing(model, file: Path):
@@ -50,6 +44,16 @@ def knowing(model, file: Path):
     return model.eval()
 
 
+def tensors_in(file: Path) -> dict[str, torch.Tensor]:
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+
+
+def load_into_sdxl(pipeline, word: str, tensors: dict[str, torch.Tensor]) -> None:
+    for number, name in (("", "clip_l"), ("_2", "clip_g")):
+        encoder, tokenizer = (getattr(pipeline, f"{part}{number}") for part in ("text_encoder", "tokenizer"))
+        pipeline.load_textual_inversion(tensors[name], token=word, text_encoder=encoder, tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize(("family", "kind"), [("sd1", "pt"), ("sd2", "safetensors"), ("sdxl", "safetensors")])
 def test_a_learned_word_is_the_same_in_previews_in_its_file_and_in_diffusers(
     learn, model_files, tmp_path, family, kind
@@ -57,7 +61,7 @@ def test_a_learned_word_is_the_same_in_previews_in_its_file_and_in_diffusers(
     (tmp_path / "prompts.txt").write_text(LINE)
     previews = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 6}
     file = learn(tmp_path, family, save_model_as=kind, max_train_steps=6, **previews)
-    tensors = load_file(file) if kind == "safetensors" else torch.load(file, weights_only=True)
+    tensors = tensors_in(file)
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
         name: (3, width) for name, width in WIDTHS[family].items()
     }
@@ -71,13 +75,37 @@ def test_a_learned_word_is_the_same_in_previews_in_its_file_and_in_diffusers(
     model = load_model(model_files(family))
     pipeline = pipeline_of(model, make_scheduler("ddim", model.noise_process()))
     if family == "sdxl":
-        for number, name in (("", "clip_l"), ("_2", "clip_g")):
-            encoder, tokenizer = (getattr(pipeline, f"{part}{number}") for part in ("text_encoder", "tokenizer"))
-            pipeline.load_textual_inversion(tensors[name], token="<word>", text_encoder=encoder, tokenizer=tokenizer)
+        load_into_sdxl(pipeline, "<word>", tensors)
     else:
         pipeline.load_textual_inversion(str(file), token="<word>")
     theirs = picture_of(pipeline, parse_line(LINE.replace("sks", "<word>")))
     assert np.abs(ours - theirs).mean() < 0.2
+
+
+@pytest.mark.parametrize(("vectors", "kind"), [(1, "pt"), (4, "safetensors")])
+@pytest.mark.parametrize("family", WIDTHS)
+@torch.no_grad()
+def test_the_encoders_of_diffusers_say_the_same_of_every_token(tmp_path, family, vectors, kind):
+    words, prompt = ("mychar4", "<style>"), "A big mychar4, in the style of <style> and mychar4"
+    model, other = tiny.make_model(family), tiny.make_model(family)
+    options = TextualInversionOptions(token_string=",".join(words), num_vectors_per_token=vectors, save_model_as=kind)
+    method = TextualInversion(options, OptimizerOptions(learning_rate=1.0))
+    model.words = method.build(model)
+    folder = method.save(tmp_path / "run", torch.float32, {})
+    files = [folder / f"{file_stem(word)}.{kind}" for word in words]
+    pipeline = pipeline_of(other, make_scheduler("ddim", other.noise_process()))
+    if family == "sdxl":
+        for word, file in zip(words, files, strict=True):
+            load_into_sdxl(pipeline, word, tensors_in(file))
+    else:
+        pipeline.load_textual_inversion(list(map(str, files)), token=list(words))
+    hidden, _, *others = pipeline.encode_prompt(
+        prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    ours = model.encode_text([prompt], painting=True)
+    pooled = ours.pop("pool2", None)
+    torch.testing.assert_close(torch.cat(list(ours.values()), dim=-1), hidden)
+    assert pooled is None or torch.allclose(pooled, others[0], atol=1e-5)
 
 
 def test_the_file_tells_what_it_is(learn, tmp_path):
@@ -138,16 +166,66 @@ def test_captions_without_the_word_are_counted_and_named(learn, tmp_path, capsys
     assert "captions are not used" in capsys.readouterr().err
 
 
-def test_the_page_of_the_dataset_shows_templates_and_counts_the_vectors(learn, tmp_path):
-    learn(tmp_path, debug_dataset=True, use_object_template=True)
+def test_class_tokens_and_metadata_files_give_captions_like_others(learn, tmp_path, capsys):
+    images = draw_pictures(tmp_path / "data" / "1_sks circle", 2)
+    captions = {file.stem: {"tags": "red, sks"} for file in images.glob("*.txt")}
+    for file in images.glob("*.txt"):
+        file.unlink()
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    described = {"train_data_dir": images, "in_json": tmp_path / "captions.json", "caption_extension": None}
+    for data in ({"train_data_dir": tmp_path / "data"}, described):
+        learn(tmp_path / "out", **data, dry_run=True)
+        assert "sks" not in capsys.readouterr().err.replace("the model knows sks", "")
+
+
+def test_a_word_behind_the_tokens_that_are_read_is_said(learn, tmp_path, capsys):
+    images = draw_pictures(tmp_path / "data" / "1_shape", 2)
+    front, back = sorted(images.glob("*.txt"))
+    front.write_text("sks" + " red" * 80)
+    back.write_text("red " * 80 + "sks")
+    data = {"train_data_dir": tmp_path / "data", "dry_run": True}
+    learn(tmp_path / "out", **data)
+    said = (
+        "1 of 2 captions have sks behind the 75 tokens that are read, so their images teach nothing: those of 32_1.png"
+    )
+    assert said in capsys.readouterr().err
+    learn(tmp_path / "out", **data, max_token_length=150)
+    assert "behind" not in capsys.readouterr().err
+    learn(tmp_path / "out", **data, shuffle_caption=True)
+    assert "behind" not in capsys.readouterr().err
+    front.write_text(back.read_text())
+    with pytest.raises(SystemExit, match="2"):
+        learn(tmp_path / "out", **data)
+    assert "sks is in no caption within the 75 tokens that are read" in capsys.readouterr().err
+
+
+def test_more_vectors_than_a_pass_of_the_encoder_reads(learn, tmp_path, model_file):
+    many = {"num_vectors_per_token": 100, "max_token_length": 150, "init_word": "red", "save_model_as": "safetensors"}
+    rows = load_file(learn(tmp_path, **many, max_train_steps=1))["emb_params"]
+    known = load_model(model_file).text_encoders[0].clip.embeddings.token_embedding.weight
+    assert (rows != known[Tokenizer().words("red")]).any(dim=1).all()
+
+
+def test_the_page_of_the_dataset_shows_templates_and_counts_the_vectors(learn, tmp_path, capsys):
+    draw_pictures(tmp_path / "regular" / "1_shape", 2)
+    for number, file in enumerate((tmp_path / "regular" / "1_shape").glob("*.txt")):
+        file.write_text("a sks" if number else "a shape")
+    learn(tmp_path, debug_dataset=True, use_object_template=True, reg_data_dir=tmp_path / "regular")
+    assert "1 regularisation image is without sks in the caption and teach" in capsys.readouterr().err
     facts = json.loads((tmp_path / "run_dataset" / "dataset.json").read_text())
-    drawings = [
-        drawing
-        for subset in facts["subsets"]
-        for bucket in subset["buckets"]
-        for card in bucket["cards"]
-        for drawing in card["drawings"]
-    ]
+    drawn = {
+        is_regular: [
+            drawing
+            for subset in facts["subsets"]
+            if subset["regularisation"] == is_regular
+            for bucket in subset["buckets"]
+            for card in bucket["cards"]
+            for drawing in card["drawings"]
+        ]
+        for is_regular in (False, True)
+    }
+    assert {drawing["caption"] for drawing in drawn[True]} == {"a sks", "a shape"}
+    drawings = drawn[False]
     assert len({drawing["caption"] for drawing in drawings}) > 3
     plain, text = Tokenizer(), [drawing["caption"] for drawing in drawings]
     assert all("sks" in caption for caption in text)
@@ -161,7 +239,7 @@ def test_the_page_of_the_dataset_shows_templates_and_counts_the_vectors(learn, t
     [
         ({"token_string": "circle"}, "--token_string: circle is in the model's vocabulary already"),
         ({"token_string": None}, "give --token_string one that the model does not know"),
-        ({"token_string": "a,b"}, "'a,b' has ',' in it"),
+        ({"token_string": "a|b"}, "'a|b' has '|' in it"),
         ({"num_vectors_per_token": 76}, "76 vectors do not fit into the 75 tokens of a caption"),
         ({"init_word": " "}, "--init_word: there is no word in ' '"),
         ({"use_object_template": True, "use_style_template": True}, "drop one of them"),
@@ -193,6 +271,17 @@ def test_the_web_uis_files_are_read(tmp_path, kind):
     content = {"string_to_token": {"*": 265}, "string_to_param": inside, "name": "sks", "step": 100}
     torch.save(content | {"sd_checkpoint": None, "sd_checkpoint_name": None}, tmp_path / "sks.pt")
     assert torch.equal(read_embedding(tmp_path / "sks.pt", {"emb_params": 64})["emb_params"], vectors)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize("family", WIDTHS)
+def test_files_of_diffusers_are_read(tmp_path, family, suffix):
+    """They have the word where there is one encoder, and a single vector may be no row."""
+    vectors = {name: torch.randn(width) for name, width in WIDTHS[family].items()}
+    named = vectors if len(vectors) > 1 else {"<cat-toy>": vectors["emb_params"]}
+    (save_file if suffix == ".safetensors" else torch.save)(named, tmp_path / f"word{suffix}")
+    found = read_embedding(tmp_path / f"word{suffix}", WIDTHS[family])
+    assert all(torch.equal(found[name], vectors[name][None]) for name in vectors)
 
 
 def test_files_for_other_models_are_refused(tmp_path):

@@ -52,7 +52,8 @@ class ImageDataset(Dataset):
         templates: Sequence[str] = (),
     ):
         """`latent_factor`: pixels per latent, each way. `masked_loss`: whether mask files are used. `total_steps`: of
-        the run, for token warm-up. `templates`: what is trained instead of the captions.
+        the run, for token warm-up. `templates`: what is trained instead of the captions, except on regularisation
+        images.
         """
         self.table = table
         self.datasets = datasets
@@ -129,7 +130,7 @@ class ImageDataset(Dataset):
             epoch=plan.epoch,
             step=plan.step,
             total_steps=self.total_steps,
-            templates=self.templates,
+            templates=() if subset.is_reg else self.templates,
         )
         return caption, None
 

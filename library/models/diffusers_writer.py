@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from library.models.files.folder_files import (
 from library.models.noise import Prediction, scheduler_config
 from library.models.text import Tokenizer, clip_tokenizer
 from library.replacing import replacing_folder, working_names
+
+Others = Callable[..., list[str]]
+"""`others(folder, unfinished=...)`: the names in it of what must not be lost."""
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _SCHEDULER_FOLDER = SCHEDULER.split("/")[0]
@@ -259,34 +262,39 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def check_replaceable(folder: Path, keep: Collection[Path] = ()) -> None:
+def check_replaceable(
+    folder: Path, keep: Collection[Path] = (), *, others: Others | None = None, kind: str = "model's"
+) -> None:
     """UserError if a model's folder must not be written here: there is something else, or something more than a model
     in Diffusers' layout, or what is to `keep`, or no name can be given to the folder. The same for the two folders
     beside it that writing needs: of those only what a killed run left is removed.
+
+    The same for folders of another `kind`, as in a sentence, whose `others` are what does not belong to them.
     """
+    strangers = others or _others
     if not folder.resolve().name:
-        raise UserError(f"{folder} has no name of its own: choose another name for the model's folder")
+        raise UserError(f"{folder} has no name of its own: choose another name for the {kind} folder")
     lost = {folder.resolve(), *working_names(folder)}
     for path in keep:
         # where it lies and, if that is a link, where it is
         for place in (path.absolute(), path.resolve()):
             if lost & {place, *place.parents}:
-                raise UserError(f"{folder}: writing it would remove {path}, choose another name for the model's folder")
+                raise UserError(f"{folder}: writing it would remove {path}, choose another name for the {kind} folder")
     if folder.is_file():
-        raise UserError(f"{folder} is a file: choose another name for the model's folder")
-    if folder.is_dir() and (others := _others(folder)):
+        raise UserError(f"{folder} is a file: choose another name for the {kind} folder")
+    if folder.is_dir() and (found := strangers(folder)):
         raise UserError(
-            f"{folder} is a folder with other things in it ({some(others)}), which would be lost: choose another name "
-            "for the model's folder"
+            f"{folder} is a folder with other things in it ({some(found)}), which would be lost: choose another name "
+            f"for the {kind} folder"
         )
     for left in working_names(folder):
         if not os.path.lexists(left):
             continue
-        others = _others(left, unfinished=True) if left.is_dir() and not left.is_symlink() else [left.name]
-        if others:
+        found = strangers(left, unfinished=True) if left.is_dir() and not left.is_symlink() else [left.name]
+        if found:
             raise UserError(
-                f"{left} is in the way and no unfinished model's folder ({some(others)}), it would be lost: move it, "
-                "or choose another name for the model's folder"
+                f"{left} is in the way and no unfinished {kind} folder ({some(found)}), it would be lost: move it, or "
+                f"choose another name for the {kind} folder"
             )
 
 

@@ -37,12 +37,14 @@ def train_model(
 
 
 def textual_inversion(description: str, *, sdxl: bool, counterpart: str) -> None:
-    """Learn the vectors of a new word of SDXL models' or of all others'; `counterpart` is the script for those."""
+    """Learn the vectors of new words of SDXL models' or of all others'; `counterpart` is the script for those."""
 
     def method(settings: options.Settings) -> "Method":
         from library.training.methods.textual_inversion import TextualInversion
+        from library.training.text_caching import text_options
 
-        return TextualInversion(settings[options.TextualInversionOptions], settings[options.OptimizerOptions])
+        reading = text_options(settings[options.ModelOptions])
+        return TextualInversion(settings[options.TextualInversionOptions], settings[options.OptimizerOptions], reading)
 
     _train(description, options.TextualInversionOptions, method, sdxl=sdxl, counterpart=counterpart)
 

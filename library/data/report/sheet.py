@@ -198,14 +198,15 @@ def _card(sheet: _Sheet, number: int, record: Record, uses: Sequence[_Use]) -> d
 
 def _drawing(sheet: _Sheet, record: Record, use: _Use) -> dict[str, Any]:
     """A caption as training would draw it for this use."""
+    subset = sheet.subset(record)
     caption = captions.compose(
         record.caption,
-        sheet.subset(record).captions,
+        subset.captions,
         rng=generator(use.item.seed, "caption"),
         epoch=use.epoch,
         step=use.step,
         total_steps=sheet.total_steps,
-        templates=sheet.templates,
+        templates=() if subset.is_reg else sheet.templates,
     )
     tokens = {name: {"count": count, "cut": cut} for name, (count, cut) in sheet.count_tokens(caption).items()}
     return {"epoch": use.epoch, "step": use.step, "caption": caption, "tokens": tokens}

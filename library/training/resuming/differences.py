@@ -264,6 +264,16 @@ def say_differences(before: Mapping[str, Any], now: Mapping[str, Any], step: int
         warn(f"{_difference(name, before, now)}, {_MEANING.get(name, 'which counts from here on')}")
 
 
+def require_same_words(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ValueError if one of several new words is another than in a state: each has vectors of its own there. A single
+    word may get another name.
+    """
+    names = [facts.get("settings", {}).get("token_string") or "" for facts in (before, now)]
+    old, new = ([word.strip() for word in words.split(",")] for words in names)
+    if all(names) and old != new and max(len(old), len(new)) > 1:
+        raise ValueError("its words are others")
+
+
 def what_does_not_fit(before: Mapping[str, Any], now: Mapping[str, Any], problem: ValueError) -> str:
     """Why a state is not of what is trained: in the words of flags if their values differ, else the `problem`."""
     kinds = [_kind(facts.get("settings", {})) for facts in (before, now)]

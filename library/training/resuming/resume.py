@@ -22,7 +22,7 @@ from library.training.optimization.optimizers import finds_steps, load_optimizer
 from library.training.optimization.schedulers import planned
 from library.training.requests import RunEnded
 from library.training.resuming import foreign_state
-from library.training.resuming.differences import say_differences, what_does_not_fit
+from library.training.resuming.differences import require_same_words, say_differences, what_does_not_fit
 from library.training.resuming.packing import check_shapes
 from library.training.resuming.state import Progress, TrainState, load_trained, read_objects
 from library.training.resuming.states import ENGINE, LATEST, SUFFIX, TRAINED, StateFolder, read
@@ -110,6 +110,7 @@ def restore_trained(resumed: StateFolder, state: TrainState) -> None:
         engines.load_engine(state.accelerator, resumed.folder / ENGINE)
         return
     try:
+        require_same_words(resumed.facts, state.facts)
         (load_trained if resumed.ours else foreign_state.load_trained)(resumed.folder, state.step.trained)
     except ValueError as problem:
         raise _of_something_else(resumed, state.facts, problem) from None
@@ -121,6 +122,7 @@ def foresee(resumed: StateFolder, trained: nn.Module, now: Mapping[str, Any], st
         with open_weights(resumed.folder / TRAINED) as file:
             shapes = {key: file.shape(key) for key in file.keys()}  # noqa: SIM118
         try:
+            require_same_words(resumed.facts, now)
             check_shapes(trained, shapes)
         except ValueError as problem:
             raise _of_something_else(resumed, now, problem) from None
