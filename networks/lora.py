@@ -501,6 +501,13 @@ def select_weights(weights_sd: Mapping[str, Tensor], layers: Mapping[str, nn.Mod
     return selected
 
 
+def fitting_weights(
+    weights_sd: Mapping[str, Tensor], text_encoder: TextEncoders, unet: nn.Module | None
+) -> dict[str, Tensor]:
+    """`select_weights` for any layer of these modules, whichever names the LoRA has for them."""
+    return select_weights(_respelled(weights_sd, _sdxl_spellings(unet)), find_layers(text_encoder, unet))
+
+
 def _check_shapes(name: str, layer: nn.Module, down: Tensor, up: Tensor) -> None:
     out_features, in_features, *kernel = layer.weight.shape
     rank = len(down)

@@ -3,6 +3,7 @@
 The random moments come from a seed that a failure shows; KILL_SEED repeats it.
 """
 
+import json
 import os
 import random
 import shutil
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from library.data.config_values import PRESERVES
 from library.training.resuming import states
 from tests.fork_server import Ended
 from tests.lives import Life, assert_same, assert_whole, stored
+from tests.test_base_weights import write
+from tests.tiny import draw_pictures
 from tests.words import SEVERAL
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
@@ -150,6 +154,20 @@ def test_several_new_words(compare_variant, kills):
     """Each save is a folder."""
     changes = {"save_model_as": "safetensors", "caption_prefix": "mychar4", "ema": True, "learning_rate": 0.01}
     compare_variant(kills(4), "train_textual_inversion", WATCHED | SEVERAL | {"token_string": "mychar4,sks"} | changes)
+
+
+@pytest.mark.slow
+def test_upon_a_merged_network_with_samples_to_preserve(compare, tmp_path):
+    subsets = [
+        {"image_dir": str(draw_pictures(tmp_path / name, count)), "caption_extension": ".txt"}
+        for name, count in (("thing", 3), ("class", 4))
+    ]
+    subsets[1]["custom_attributes"] = {PRESERVES: True}
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps({"datasets": [{"resolution": 32, "batch_size": 2, "subsets": subsets}]}))
+    base = write(tmp_path / "base.safetensors")
+    common = {"train_data_dir": None, "caption_extension": None, "dataset_config": data, "network_dropout": 0.3}
+    compare(at_random(3), base_weights=base, base_weights_multiplier=0.5, **common)
 
 
 @pytest.mark.slow

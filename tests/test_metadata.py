@@ -1,10 +1,14 @@
+import base64
 import dataclasses
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
+from safetensors import safe_open
 
+from library.errors import UserError
 from library.models.files.checkpoint import Hashes, hash_file, hash_tensors
 from library.models.metadata import (
     BaseModel,
@@ -14,6 +18,7 @@ from library.models.metadata import (
     network_metadata,
 )
 from library.models.noise import Prediction
+from library.options import MetadataOptions
 
 SETTINGS = {
     "gradient_accumulation_steps": 1,
@@ -146,6 +151,72 @@ def test_descriptions_come_from_their_flags():
     )
     assert fields["modelspec.architecture"] == "stable-diffusion-v1"
     assert "modelspec.license" not in fields
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"), [("jpeg", b"\xff\xd8\xff"), ("png", b"\x89PNG\r\n\x1a\n"), ("webp", b"RIFF")]
+)
+def test_a_thumbnail_is_a_data_url(tmp_path, kind, start):
+    path = tmp_path / "cover.JPG"
+    Image.new("RGB", (8, 8), "red").save(path, kind)
+    described = MetadataOptions(metadata_thumbnail=str(path)).described
+    url = modelspec(SETTINGS | described, RUN)["modelspec.thumbnail"]
+    media, _, content = url.partition(",")
+    assert media == f"data:image/{kind};base64"
+    assert base64.b64decode(content, validate=True) == path.read_bytes()
+    assert path.read_bytes().startswith(start)
+    assert MetadataOptions(metadata_thumbnail=url).described == described
+
+
+def test_a_picture_that_cannot_be_a_thumbnail_is_refused(tmp_path):
+    (tmp_path / "cover.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(2 << 20))
+    (tmp_path / "cover.txt").write_text("red")
+    for name, sentence in (
+        ("cover.pgn", r"there is no picture .*cover.pgn, did you mean .*cover.png\?"),
+        ("cover.png", r"has 2.0 MB, .* 256x256 pixels will do"),
+        ("cover.txt", "is no JPEG, PNG, GIF or WebP picture"),
+        (".", "there is no picture"),
+    ):
+        with pytest.raises(UserError, match=f"^--metadata_thumbnail: .*{sentence}"):
+            _ = MetadataOptions(metadata_thumbnail=str(tmp_path / name)).described
+
+
+@pytest.mark.parametrize(("text", "told"), [("True", "true"), ("yes", "true"), ("0", "false")])
+def test_negative_embeddings_are_told_by_true_and_false(text, told):
+    described = MetadataOptions(metadata_is_negative_embedding=text).described
+    assert modelspec(SETTINGS | described, RUN)["modelspec.is_negative_embedding"] == told
+    with pytest.raises(UserError, match="'negative' is neither true nor false"):
+        MetadataOptions(metadata_is_negative_embedding="negative")
+
+
+def test_a_run_writes_its_descriptions_and_looks_at_the_picture_first(train, flags, tmp_path, capsys):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "cover.png")
+    told = {
+        "usage_hint": "as it is",
+        "merged_from": "a, b",
+        "trigger_phrase": "sks",
+        "preprocessor": "canny",
+        "is_negative_embedding": "True",
+    }
+    given = {f"metadata_{name}": text for name, text in told.items()}
+    common = {**given, "training_comment": "second try", "max_train_steps": 1}
+    with pytest.raises(SystemExit, match="2"):
+        train(flags(tmp_path / "out", **common, metadata_thumbnail=tmp_path / "clover.png"))
+    assert not (tmp_path / "out").exists()
+    for name, changes in (("out", {}), ("bare", {"no_metadata": True})):
+        train(flags(tmp_path / name, **common, **changes, metadata_thumbnail=tmp_path / "cover.png"))
+        with safe_open(tmp_path / name / "run.safetensors", "pt") as file:
+            metadata = file.metadata()
+        expected = told | {"is_negative_embedding": "true"}
+        assert {key: metadata[f"modelspec.{key}"] for key in told} == expected
+        assert metadata["modelspec.thumbnail"].startswith("data:image/png;base64,")
+        assert metadata.get("ss_training_comment") == (None if name == "bare" else "second try")
+        assert str(tmp_path) not in str(metadata)
+
+
+def test_what_was_merged_into_the_model_is_named():
+    metadata = network_metadata(SETTINGS | {"base_weights": [["style.safetensors", 0.5]]}, RUN)
+    assert metadata["ss_base_weights"] == '[["style.safetensors", 0.5]]'
 
 
 def test_a_base_model_without_hashes():

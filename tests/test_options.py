@@ -58,16 +58,6 @@ OURS = {
     "fused_optimizer_groups",  # sdxl_train.py's in the toolkit of the tables
 }
 
-# Flags of the scripts for Textual Inversion that no group has yet.
-NOT_YET = {
-    "metadata_is_negative_embedding",
-    "metadata_merged_from",
-    "metadata_preprocessor",
-    "metadata_thumbnail",
-    "metadata_trigger_phrase",
-    "metadata_usage_hint",
-}
-
 
 def flag_table(tables: Sequence[str] = TABLES) -> dict[str, dict[str, str]]:
     found = {}
@@ -96,7 +86,7 @@ def test_flags_of_textual_inversion_are_those_of_its_tables(table):
     for option in own:
         assert_is_flag(option, rows[option.name])
     aliases = {alias for option in there.values() for alias in option.details.aliases}
-    assert rows.keys() - there.keys() - aliases == NOT_YET
+    assert rows.keys() - there.keys() - aliases == set()
 
 
 def assert_is_flag(option: Option, row: dict[str, str]) -> None:

@@ -62,6 +62,13 @@ def test_nested_values_are_decoded_and_names_sorted(show, tmp_path):
     assert err == ""
 
 
+def test_of_a_picture_its_kind_and_size_are_shown(show, tmp_path):
+    metadata = {"modelspec.thumbnail": "data:image/jpeg;base64," + "A" * 100_000, "short": "data:,red"}
+    write_tensors(tmp_path / "lora.safetensors", TENSORS, None, metadata)
+    found = json.loads(show(tmp_path / "lora.safetensors")[0])
+    assert found == metadata | {"modelspec.thumbnail": "data:image/jpeg;base64,... (100023 characters)"}
+
+
 def test_the_name_alone_in_a_program_of_its_own(tmp_path):
     file = tmp_path / "a model.safetensors"
     write_tensors(file, TENSORS, None, {"note": "犬"})

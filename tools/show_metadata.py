@@ -12,6 +12,8 @@ from library import cli, console
 from library.errors import UserError
 from library.options import option
 
+_SHOWN = 100  # characters of a data URL
+
 
 @dataclass(frozen=True)
 class ShowMetadataOptions:
@@ -52,11 +54,15 @@ def is_safetensors(path: Path) -> bool:
 
 
 def decoded(metadata: dict[str, str]) -> dict[str, Any]:
-    """The metadata with JSON objects and lists in place of the text that they are stored as; numbers stay text."""
+    """The metadata with JSON objects and lists in place of the text that they are stored as; numbers stay text. Of
+    pictures (data URLs) only the beginning and the size.
+    """
     return {name: _decode(value) for name, value in metadata.items()}
 
 
 def _decode(text: str) -> Any:
+    if text.startswith("data:") and len(text) > _SHOWN:
+        return f"{text.partition(',')[0][:_SHOWN]},... ({len(text)} characters)"
     try:
         value = json.loads(text)
     except (TypeError, ValueError, RecursionError):

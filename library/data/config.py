@@ -11,7 +11,7 @@ from library.data import captions, images
 from library.data.buckets import Buckets, Size
 from library.data.captions import CaptionOptions
 from library.data.config_file import DatasetTable, SubsetTable, read_dataset_file
-from library.data.config_values import DREAMBOOTH_ONLY, OF_DATASET, OF_GENERAL, Values, flag, from_flag
+from library.data.config_values import DREAMBOOTH_ONLY, OF_DATASET, OF_GENERAL, PRESERVES, Values, flag, from_flag
 from library.data.folders import image_folders
 from library.data.images import ImageOptions
 from library.errors import UserError
@@ -47,7 +47,7 @@ class SubsetConfig:
     """Share of the images that is held out."""
     validation_seed: int | None = None
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever the user wants to have in the batch."""
+    """Whatever the user wants to have in the batch; `PRESERVES` has a meaning here."""
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     images: ImageOptions = field(default_factory=ImageOptions)
     place: str = field(default="", compare=False)
@@ -56,6 +56,11 @@ class SubsetConfig:
     def where(self, name: str) -> str:
         """How a message refers to one of this subset's options."""
         return f"{self.place}.{name}" if self.place else flag(name)
+
+    @property
+    def is_preserved(self) -> bool:
+        """Whether its samples are to keep what the model says of them."""
+        return bool(self.custom_attributes.get(PRESERVES))
 
     @property
     def name(self) -> str:

@@ -14,6 +14,8 @@ Values = dict[str, Any]
 """Values by option, as the program uses them."""
 Reader = Callable[[Any], Any]
 """Turns the value of an option into what the program uses, or raises Unfit."""
+PRESERVES = "diff_output_preservation"
+"""The one of `custom_attributes` that has a meaning here: what the model says of these samples is to stay as it is."""
 
 
 class Unfit(Exception):
@@ -141,6 +143,8 @@ def _metadata_file(value: Any) -> Path:
 def _attributes(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Unfit("must be a table, as { artist = 'me' }")
+    if not isinstance(value.get(PRESERVES, False), bool):
+        raise Unfit(f"must have true or false, without quotes, as {PRESERVES}")
     return value
 
 

@@ -137,7 +137,8 @@ def network_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, st
     """Everything that is written into a network's file, but for its hashes.
 
     `settings` are the flags' effective values by name (the rank used, the seed drawn); `network_args` is the mapping
-    that they come to, and appears only if there are any. With `no_metadata`, only what a reader needs.
+    that they come to, `base_weights` names of files and how strongly they were merged; these appear only if there are
+    any. With `no_metadata`, only what a reader needs.
     """
     fields = training_metadata(settings, run)
     own = {name: settings.get(name, default) for name, default in _NETWORK_SETTINGS.items()}
@@ -146,6 +147,8 @@ def network_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, st
     fields |= {f"ss_{name}": _text(value) for name, value in own.items()}
     if settings.get("network_args"):
         fields["ss_network_args"] = json.dumps(settings["network_args"])
+    if settings.get("base_weights"):
+        fields["ss_base_weights"] = json.dumps(settings["base_weights"])
     if settings.get("no_metadata"):
         fields = {name: fields[name] for name in _ESSENTIAL if name in fields}
     return fields | modelspec(settings, run, "lora")

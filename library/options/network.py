@@ -1,10 +1,13 @@
 """The network (LoRA or a relative) that is trained beside a frozen model."""
 
 from dataclasses import dataclass
+from itertools import chain, repeat
+from pathlib import Path
 from typing import ClassVar
 
-from library.errors import UserError
+from library.errors import UserError, suggest_path
 from library.options.base import option, parse_key_values
+from library.suffixes import WEIGHTS_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ class NetworkOptions:
         metavar="X",
         minimum=0,
     )
+    base_weights: tuple[str, ...] | None = option(
+        None, "files of networks that are merged into the model before it is trained on", metavar="FILE"
+    )
+    base_weights_multiplier: tuple[float, ...] | None = option(
+        None, "how strongly each of --base_weights is merged; 1 for those that have none", metavar="X"
+    )
     scale_weight_norms: float | None = option(
         None,
         "after every step, scale each module of the network down to this norm where its is larger; 1 is a good start",
@@ -54,6 +63,24 @@ class NetworkOptions:
         if not 0 <= (self.network_dropout or 0) < 1:
             raise UserError(f"--network_dropout: {self.network_dropout} is not a chance, use 0 or more and less than 1")
         parse_key_values(self.network_args or (), "--network_args")
+        files, strengths = len(self.base_weights or ()), len(self.base_weights_multiplier or ())
+        if strengths > files:
+            raise UserError(
+                f"--base_weights_multiplier: {strengths} values are given for {files} --base_weights, drop what is too "
+                "much"
+            )
+
+    def check_base_weights(self) -> None:
+        """UserError for a file that is not there."""
+        for path, _ in self.base_networks:
+            if not path.is_file():
+                raise UserError(f"--base_weights: {path} is no file{suggest_path(path, WEIGHTS_SUFFIXES)}")
+
+    @property
+    def base_networks(self) -> list[tuple[Path, float]]:
+        """--base_weights, each with its multiplier."""
+        strengths = chain(self.base_weights_multiplier or (), repeat(1.0))
+        return [(Path(name), strength) for name, strength in zip(self.base_weights or (), strengths, strict=False)]
 
     @property
     def rank(self) -> int:

@@ -22,6 +22,7 @@ from library.options.rehearsal import RehearsalOptions
 from library.options.training import TrainingOptions
 from library.training import together
 from library.training.base_model import Script
+from library.training.base_weights import merge_base_networks
 from library.training.caching import plan_for_run
 from library.training.companions import Companions, accompany
 from library.training.device import determinism, engines
@@ -37,6 +38,7 @@ from library.training.motion import Motion, set_in_motion
 from library.training.outlook import Outlook, look_ahead
 from library.training.preflight import Plans
 from library.training.preparation import Caches, prepare_caches
+from library.training.preservation import Preservation
 from library.training.rehearsal import rehearse
 from library.training.report import after_training
 from library.training.requests import RunEnded
@@ -97,14 +99,24 @@ def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches, Placement
     model = info.load(formats.frozen, accelerator.device, formats.vae, vae_device, exact=exact)
     model.prediction = run.prediction
     model.read_captions(text_options(settings[ModelOptions]))
+    merge_base_networks(run.base_networks, model)
     choose_attention(settings[AttentionOptions], model, run.formats, accelerator.device)
     caches = prepare_caches(
-        settings[CacheOptions], caching, info, model, run.table, run.plans.datasets, accelerator, placement
+        settings[CacheOptions],
+        caching,
+        info,
+        model,
+        run.table,
+        run.plans.datasets,
+        accelerator,
+        placement,
+        merged_text=run.merged_text,
     )
     round_to_8_bits(precision, method, model)
     seed_generators(run.seed, "first weights")
     trained = in_format(method.build(model), formats.trained)
-    step = TrainingStep(model, trained, model.noise_process(), settings[ObjectiveOptions])
+    preservation = Preservation(method.without_trained, trains_text_encoder=method.trains_text_encoder())
+    step = TrainingStep(model, trained, model.noise_process(), settings[ObjectiveOptions], preservation)
     not_exchanged(step)
     if memory.gradient_checkpointing:
         model.enable_gradient_checkpointing(unet=True, text_encoders=method.trains_text_encoder())

@@ -24,6 +24,7 @@ from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 from library.training import together
 from library.training.base_model import Script, inspect_base_model, prediction_for
+from library.training.base_weights import BaseNetwork, find_base_networks
 from library.training.device import engines
 from library.training.device.accelerator import make_accelerator
 from library.training.device.precision import Precision
@@ -33,6 +34,7 @@ from library.training.optimization.optimizers import try_optimizer
 from library.training.optimization.schedulers import check_length, check_scheduler
 from library.training.optimization.steppers import check_stepper
 from library.training.preflight import Plans
+from library.training.preservation import check_engine
 from library.training.resuming import resume
 from library.training.resuming.state import Progress
 from library.training.resuming.states import StateFolder
@@ -59,12 +61,20 @@ class Outlook:
     table: RecordTable
     plan: RunPlan
     progress: Progress
+    base_networks: tuple[BaseNetwork, ...] = ()
+    """What is merged into the model."""
+
+    @property
+    def merged_text(self) -> str:
+        """A fingerprint of what is merged into the text encoders; empty for nothing."""
+        return "".join(network.text_fingerprint for network in self.base_networks)
 
 
 def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script) -> Outlook:
     """UserError for whatever can be known by now to go wrong; RunEnded where --resume latest finds nothing to do."""
     info = inspect_base_model(settings, script)
     prediction = prediction_for(settings[ModelOptions], info)
+    base_networks = find_base_networks(settings, info)
     check_resolutions(plans.datasets, info.latents.step)
     check_scheduler(settings[SchedulerOptions], settings[OptimizerOptions])
     target = plans.output_dir / settings[SaveOptions].name
@@ -76,6 +86,7 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
         raise UserError(
             "--ema needs all weights in each process, which FSDP and DeepSpeed spread: leave one of them out"
         )
+    check_engine(plans.datasets, accelerator)
     check_stepper(settings, accelerator)
     try_optimizer(settings[OptimizerOptions], accelerator.device, spread=engines.spreads(accelerator))
     training = settings[TrainingOptions]
@@ -98,7 +109,20 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
     patience = settings[ValidationOptions].stop_after_no_improvement
     progress = resume.start(settings[ResumeOptions], resumed, total_steps, plan.steps_per_epoch, patience)
     return Outlook(
-        settings, plans, target, info, prediction, accelerator, formats, resumed, log, seed, table, plan, progress
+        settings,
+        plans,
+        target,
+        info,
+        prediction,
+        accelerator,
+        formats,
+        resumed,
+        log,
+        seed,
+        table,
+        plan,
+        progress,
+        base_networks,
     )
 
 

@@ -2,11 +2,13 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library import console
 from library.data.config import BOTH_KINDS, DatasetConfig, check_combinations, load_datasets, with_alpha_masks
+from library.data.config_values import PRESERVES
 from library.errors import UserError, suggest_path
 from library.generation.prompts import PromptLine, read_prompts
 from library.models.files.hub import looks_like_hub_id
@@ -18,7 +20,9 @@ from library.options.full_model import FullModelOptions
 from library.options.huggingface import HubOptions
 from library.options.logging import LogOptions
 from library.options.memory import MemoryOptions
+from library.options.metadata import MetadataOptions
 from library.options.model import ModelOptions
+from library.options.network import NetworkOptions
 from library.options.objective import ObjectiveOptions
 from library.options.precision import PrecisionOptions
 from library.options.preview import PreviewOptions
@@ -54,13 +58,17 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     saves_states = saving.save_state or saving.save_state_on_train_end
     check_hub(settings[HubOptions], resuming.resume, saves_states=saves_states)
     check_fused(settings)
+    _ = settings[MetadataOptions].described  # its picture is looked at
     check_model(settings[ModelOptions])
     check_memory(settings)
     if TextualInversionOptions in settings.groups:
         room = settings[ModelOptions].max_token_length or 75
         settings[TextualInversionOptions].check(room, resumes=bool(resuming.resume))
+    if NetworkOptions in settings.groups:
+        settings[NetworkOptions].check_base_weights()
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
     check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
+    check_preservation(settings, datasets)
     masked = settings[DatasetOptions].masked_loss or with_alpha_masks(datasets)
     settings[ObjectiveOptions].check(settings[ModelOptions], masked=masked)
     if dry:
@@ -91,6 +99,16 @@ def check_fused(settings: Settings) -> None:
         raise UserError(
             f"{fused} moves weights before it is known whether fp16 gradients have overflowed: drop it, or use "
             "--mixed_precision bf16"
+        )
+
+
+def check_preservation(settings: Settings, datasets: Sequence[DatasetConfig]) -> None:
+    """UserError for subsets that are to keep what the model says of them, where it is the model that is trained."""
+    marked = next((subset for dataset in datasets for subset in dataset.subsets if subset.is_preserved), None)
+    if marked and NetworkOptions not in settings.groups:
+        raise UserError(
+            f"{marked.where('custom_attributes')}: {PRESERVES} needs a network beside the model that can be switched "
+            "off, which this script does not train: leave it out, and use regularisation images (is_reg) instead"
         )
 
 

@@ -38,9 +38,11 @@ def prepare_caches(
     datasets: Sequence[DatasetConfig],
     accelerator: Accelerator,
     placement: Placement,
+    *,
+    merged_text: str = "",
 ) -> Caches:
     """Encode what is to be cached and is not there yet. Encoders leave the device as `placement` says, once they are
-    done.
+    done. `merged_text`: of what is merged into the text encoders, see `text_layout`.
     """
     share = {
         "rank": accelerator.process_index,
@@ -57,7 +59,7 @@ def prepare_caches(
             table,
             datasets,
             model.encode_text,
-            text_layout(info, model.text),
+            text_layout(info, model.text, merged_text),
             to_disk=options.cache_text_encoder_outputs_to_disk,
             batch_size=options.text_encoder_batch_size,
             skip_check=options.skip_cache_check,

@@ -12,6 +12,7 @@ from library.data.report.metadata_facts import dataset_metadata
 from library.models.family import Family
 from library.models.metadata import BaseModel, RunFacts
 from library.models.registry import public_name
+from library.options.metadata import MetadataOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.scheduler import SchedulerOptions
 from library.training.methods.base import Method
@@ -34,6 +35,7 @@ class Provenance:
         self.method = method
         rates = settle(run.settings[SchedulerOptions], optimizer)
         self.settings = run.settings.flat() | {
+            **run.settings[MetadataOptions].described,
             "seed": run.seed,
             "mixed_precision": run.formats.mixed,
             "full_fp16": run.formats.trained == torch.float16,

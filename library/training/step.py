@@ -8,6 +8,7 @@ from library.models.family import Family
 from library.models.noise import NoiseProcess, sample_noise
 from library.options.objective import ObjectiveOptions
 from library.training.objective import Objective
+from library.training.preservation import Preservation, preserved
 from library.transfer import to_device
 
 _PLAIN = ObjectiveOptions()
@@ -20,12 +21,21 @@ class TrainingStep(nn.Module):
     in `forward`. `trained` is a child only for that reason: it acts through the model's own layers.
     """
 
-    def __init__(self, model: Family, trained: nn.Module, noise: NoiseProcess, options: ObjectiveOptions = _PLAIN):
+    def __init__(
+        self,
+        model: Family,
+        trained: nn.Module,
+        noise: NoiseProcess,
+        options: ObjectiveOptions = _PLAIN,
+        preservation: Preservation | None = None,
+    ):
+        """`preservation`: for batches with samples that are to keep what the model says of them."""
         super().__init__()
         self.model = model
         self.trained = trained
         self.noise = noise
         self.objective = Objective(options, noise)
+        self.preservation = preservation
         self.unusable: list[tuple[Tensor, list[int]]] = []
         """Of each batch whose images were encoded: which latents were not finite (B,), and its records."""
 
@@ -42,7 +52,10 @@ class TrainingStep(nn.Module):
         noise = to_device(sample_noise(latents.shape[1:], batch.seeds), latents.device)
         noise, added = self.objective.colour(noise, latents, batch.seeds)
         losses = self.losses(batch, latents, noise, timesteps, added) * finite
-        return self.objective.timesteps.weigh(losses, drawn, (batch.weights != 0) & finite)
+        counted = (batch.weights != 0) & finite
+        if rows := preserved(batch):  # their losses say nothing of what is hard to learn
+            counted = counted.index_fill(0, to_device(torch.tensor(rows), counted.device), False)
+        return self.objective.timesteps.weigh(losses, drawn, counted)
 
     def timesteps_of(self, batch: Batch) -> Tensor:
         """(B,) int64 on the CPU: the timesteps that a batch is trained at. They follow from its seeds, and may from
@@ -59,8 +72,10 @@ class TrainingStep(nn.Module):
         text = self.model.encode_text(batch.captions) if batch.text is None else batch.text
         condition = self.model.condition(text, batch.sizes)
         noisy = self.noise.add_noise(latents, noise if added is None else added, timesteps)
-        prediction = self.model.denoise(noisy, timesteps, condition)
         target = self.noise.target(latents, noise, timesteps)
+        if rows := preserved(batch):
+            target = self.preservation.targets(self.model, batch, rows, noisy, timesteps, target)
+        prediction = self.model.denoise(noisy, timesteps, condition)
         return self.objective.losses(prediction, target, timesteps, batch.loss_mask, batch.weights)
 
     def forget(self) -> None:

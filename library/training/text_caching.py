@@ -26,14 +26,13 @@ def text_options(options: ModelOptions) -> TextOptions:
     return TextOptions(options.max_token_length or CHUNK, options.clip_skip, options.weighted_captions)
 
 
-def text_layout(info: ModelInfo, text: TextOptions) -> TextLayout:
+def text_layout(info: ModelInfo, text: TextOptions, merged: str = "") -> TextLayout:
     """How a model's text encoder outputs, for captions read like this, are kept. Reads its text encoders' weights,
-    once.
+    once. `merged`: a fingerprint of what is merged into them.
     """
     outputs = info.family.text_outputs
-    return TextLayout(
-        outputs.suffix, outputs.arrays, info.text_fingerprint, text.token_length, text.clip_skip, text.weighted
-    )
+    encoders = f"{info.text_fingerprint} {merged}".rstrip()
+    return TextLayout(outputs.suffix, outputs.arrays, encoders, text.token_length, text.clip_skip, text.weighted)
 
 
 def cache_text_ahead(

@@ -100,6 +100,12 @@ class Method(ABC):
     def after_step(self, step: int) -> None:  # noqa: B027
         """Called after every optimizer step; `step` are done by then."""
 
+    def without_trained(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, the model answers as if nothing was trained beside it, and draws nothing at random. Asked
+        only of methods that train a network.
+        """
+        raise NotImplementedError
+
     def measured(self) -> Mapping[str, Tensor | float]:
         """What is logged of the step just done besides, by name; tensors of one value stay where they are."""
         return {}

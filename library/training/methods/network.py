@@ -19,13 +19,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from library.data.batch import Batch
+from library.data.config_values import PRESERVES
 from library.errors import UserError
+from library.generation.paint import evaluating
 from library.models.family import Family
 from library.models.files.checkpoint import open_weights, stores_metadata, write_tensors
 from library.models.metadata import RunFacts, network_hashes, network_metadata
 from library.models.views import AttachPoints
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
+from library.training.methods.attached import AttachedLayers
 from library.training.methods.base import Method, ParameterGroup
 
 _NORMS = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
@@ -69,7 +72,8 @@ class NetworkMethod(Method):
             raise UserError(
                 f"--scale_weight_norms: networks of {self.options.network_module} cannot be scaled down, leave it out"
             )
-        self.network.apply_to(text_encoders, self.points.unet, self.trains_text_encoder(), self._trains_unet())
+        with AttachedLayers(model.text_encoders, model.unet) as self.layers:
+            self.network.apply_to(text_encoders, self.points.unet, self.trains_text_encoder(), self._trains_unet())
         self.network.prepare_grad_etc(text_encoders, self.points.unet)
         self.network.to(model.unet.device, torch.float32)
         return self.network
@@ -157,6 +161,25 @@ class NetworkMethod(Method):
         self._set_multiplier(1.0)  # each micro-batch sets its own
         yield
 
+    @contextlib.contextmanager
+    def without_trained(self) -> Iterator[None]:
+        with self.layers.as_before():
+            if self.layers.restorable:
+                yield
+                return
+            if not hasattr(self.network, "set_multiplier"):
+                raise UserError(
+                    f"--network_module: networks of {self.options.network_module} cannot be switched off: leave "
+                    f"{PRESERVES} out"
+                )
+            multiplier = self.multiplier
+            self._set_multiplier(0.0)
+            try:
+                with evaluating(self.network):
+                    yield
+            finally:
+                self._set_multiplier(multiplier)
+
     def _set_multiplier(self, multiplier: float) -> None:
         """How strongly the network acts on the model."""
         if multiplier != self.multiplier:
@@ -187,7 +210,12 @@ class NetworkMethod(Method):
         return path
 
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
-        own = {"network_dim": self.options.rank, "network_args": self.options.network_keywords}
+        merged = [[path.name, strength] for path, strength in self.options.base_networks]
+        own = {
+            "network_dim": self.options.rank,
+            "network_args": self.options.network_keywords,
+            "base_weights": merged,
+        }
         return network_metadata({**settings, **own}, facts)
 
 

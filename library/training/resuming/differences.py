@@ -63,6 +63,8 @@ _PLACES = {
     "in_json",
     "dataset_config",
     "conditioning_data_dir",
+    "base_weights",
+    "base_weights_multiplier",
 }
 # Said elsewhere, or without an effect on what is learned.
 _NOT_COMPARED = {
@@ -180,6 +182,7 @@ _FACTS = {
     "dataset": f"the images of the datasets or their sizes have changed, {_OTHER_IMAGES}",
     "captions": "captions have changed, which counts from here on",
     "base_model": "the base model is another one, which what was learned beside the old one may not fit",
+    "base_weights": "the base weights are others, which what was learned upon the old ones may not fit",
     "device": f"the device is another one, {_ROUNDED}",
 }
 _NUMBERED_FACTS = {
@@ -204,6 +207,7 @@ def facts(run: "Outlook", optimizer: torch.optim.Optimizer, log: Continued) -> d
         "captions": _captions(run.table),
         "dataset_options": _dataset_options(run.plans.datasets),
         "base_model": run.info.identity,
+        "base_weights": [network.fingerprint for network in run.base_networks],
         "engine": engines.engine(run.accelerator),
         "world": run.accelerator.num_processes,
         "threads": torch.get_num_threads(),
@@ -244,6 +248,7 @@ def say_differences(before: Mapping[str, Any], now: Mapping[str, Any], step: int
     """Tell the user what is no longer as it was in the state of this step, and what that means."""
     if "seed" in before and before["seed"] != now["seed"]:
         warn(f"--seed is {now['seed']} and was {before['seed']}, so all random choices are others from here on")
+    before = {"base_weights": [], **before}  # which older states do not tell
     changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
     settings = _changed_settings(before, now)
     for name, meaning in _FACTS.items():
