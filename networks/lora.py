@@ -192,9 +192,15 @@ class LoRANetwork(nn.Module):
             merged = weight.flatten(1).to(device_of_sum, torch.float32).addmm(up, down, alpha=scale)
             weight.copy_(merged.view(weight.shape).to(dtype or weight.dtype))
 
+    def own_weights(self, weights_sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A LoRA file's tensors under this network's names, with an alpha for every module (the rank where the file
+        has none). Raises ValueError if two of them get the same name.
+        """
+        return _with_alphas(_respelled(weights_sd, self.spellings))
+
     def load_weights(self, file: StrPath) -> None:
         """Loads a LoRA file into the network. Raises ValueError if it does not fit; a partial fit is logged."""
-        weights_sd = _with_alphas(_respelled(read_weights(file), self.spellings))
+        weights_sd = self.own_weights(read_weights(file))
         own = self.state_dict()
         shared = own.keys() & weights_sd.keys()
         if not shared:

@@ -1,6 +1,7 @@
 """A network module of somebody else, which has the required interface and nothing more, in a training run."""
 
 import importlib
+import logging
 import sys
 
 import pytest
@@ -62,6 +63,22 @@ def create_network(
                 layers[f"{prefix}.{name}".replace(".", "_")] = module
     return Factors(layers)
 '''
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    """`own_file(text)`: mynet.py with that text, in a folder that is the current one."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def write(text=MODULE):
+        (folder / "mynet.py").write_text(text)
+        return folder / "mynet.py"
+
+    yield write
+    sys.modules.pop("mynet", None)
 
 
 @pytest.fixture
@@ -143,3 +160,65 @@ def test_what_it_refuses_is_the_users_mistake(train, flags, tmp_path, somebodys,
     with pytest.raises(SystemExit, match="2"):
         train(flags(tmp_path, network_module="somebodys.factors"))
     assert "somebodys.factors refuses them: rank 4 is odd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mynet", "../here/mynet.py"])
+def test_a_file_of_the_users_own_trains(train, flags, tmp_path, own_file, name):
+    own_file()
+    train(flags(tmp_path / "out", network_module=name, max_train_steps=1))
+    with safe_open(tmp_path / "out" / "run.safetensors", "pt") as opened:
+        assert opened.metadata()["ss_network_module"] == "mynet"
+
+
+def test_errors_in_a_file_of_the_users_own_are_one_sentence(train, flags, tmp_path, own_file, capsys, caplog):
+    """Its traceback is in the log."""
+
+    def refused():
+        sys.modules.pop("mynet", None)
+        importlib.invalidate_caches()
+        caplog.clear()
+        with pytest.raises(SystemExit, match="2"), caplog.at_level(logging.WARNING):
+            train(flags(tmp_path / "out", network_module="mynet"))
+        return capsys.readouterr().err
+
+    own_file("import torch\nraise KeyError('colour')  # too early")
+    assert "error: --network_module mynet cannot be imported: KeyError: 'colour'\n" in refused()
+    assert "raise KeyError('colour')" in caplog.text
+    own_file("x = 1  # here is a longer file\ndef create_network(*positional, **named):\n    return {}['rank']\n")
+    assert "create_network of mynet fails: KeyError: 'rank'\n" in refused()
+    assert "return {}['rank']" in caplog.text
+    own_file("import a_package_that_is_not_there")
+    assert "needs the package a_package_that_is_not_there: pip install" in refused()
+
+
+def test_a_missing_file_of_the_users_own_is_refused_before_torch_is_read(train, flags, tmp_path, own_file, capsys):
+    own_file()
+    with pytest.raises(SystemExit, match="2"):
+        train(flags(tmp_path / "out", network_module=str(tmp_path / "here" / "mynets.py")))
+    assert "mynets.py is no file, did you mean" in capsys.readouterr().err
+
+
+def test_it_goes_on_with_a_file(train, flags, tmp_path, somebodys, monkeypatch):
+    """Whatever names its file has; one that is not taken over is no silent new start."""
+
+    def load(self, file):
+        self.load_state_dict({f"factors.{name}": factor for name, factor in load_file(file).items()})
+
+    somebodys.Factors.load_weights = load
+    first = tmp_path / "first" / "run.safetensors"
+    train(flags(first.parent, network_module="somebodys.factors", max_train_steps=2))
+    words = {"network_module": "somebodys.factors", "network_weights": first}
+    train(flags(tmp_path / "next", **words, learning_rate=1e-12, max_train_steps=1))
+    before, after = load_file(first), load_file(tmp_path / "next" / "run.safetensors")
+    assert all((before[name] - after[name]).abs() < 1e-6 < (before[name] - 1).abs() for name in before)
+    monkeypatch.setattr(somebodys.Factors, "load_weights", lambda self, file: None)
+    with pytest.raises(SystemExit, match="2"):
+        train(flags(tmp_path / "none", **words))
+
+
+def test_it_is_shown_all_flags(train, flags, tmp_path, somebodys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(somebodys.Factors, "prepare_network", lambda self, args: shown.append(args), raising=False)
+    train(flags(tmp_path, network_module="somebodys.factors", network_args=("kind=full",), max_train_steps=1))
+    (args,) = shown
+    assert (args.network_args, args.learning_rate, args.output_dir) == (["kind=full"], 0.01, str(tmp_path))

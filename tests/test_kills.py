@@ -88,6 +88,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "Prodigy": {"optimizer_type": "Prodigy", "learning_rate": 1},
     "schedule-free": {"optimizer_type": "AdamWScheduleFree", "optimizer_args": "warmup_steps=4"},
     "dropout": {"network_dropout": 0.3},
+    "LyCORIS": {
+        "network_module": "lycoris.kohya",
+        "network_args": ("algo=locon", "preset=attn-mlp", "module_dropout=0.2"),
+        "scale_weight_norms": 0.05,
+    },
     "latents in memory": {"cache_latents": True},
     "latents on disk": {"cache_latents_to_disk": True, "vae_batch_size": 1},
     "texts in memory": {"cache_text_encoder_outputs": True, "network_train_unet_only": True},

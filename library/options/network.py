@@ -1,13 +1,17 @@
 """The network (LoRA or a relative) that is trained beside a frozen model."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
 from typing import ClassVar
 
+from library.console import notice
 from library.errors import UserError, suggest_path
 from library.options.base import option, parse_key_values
 from library.suffixes import WEIGHTS_SUFFIXES
+
+_PYTHON = ".py"
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,11 @@ class NetworkOptions:
 
     title: ClassVar[str] = "network"
 
-    network_module: str | None = option(None, "Python module of the network, such as networks.lora", metavar="MODULE")
+    network_module: str | None = option(
+        None, "Python module of the network, such as networks.lora, or a .py file", metavar="MODULE"
+    )
+    network_weights: str | None = option(None, "go on with the network in this file", metavar="FILE")
+    dim_from_weights: bool = option(False, "make the network with the ranks and alphas of --network_weights")
     network_dim: int | None = option(None, "rank of the network; 4 when left out", metavar="N", minimum=1)
     network_alpha: float = option(
         1, "the network's effect is scaled by alpha / rank, so alpha = rank leaves it as it is", metavar="X", minimum=0
@@ -62,6 +70,8 @@ class NetworkOptions:
             )
         if not 0 <= (self.network_dropout or 0) < 1:
             raise UserError(f"--network_dropout: {self.network_dropout} is not a chance, use 0 or more and less than 1")
+        if self.dim_from_weights and not self.network_weights:
+            raise UserError("--dim_from_weights takes ranks from a file: give --network_weights one, or drop it")
         parse_key_values(self.network_args or (), "--network_args")
         files, strengths = len(self.base_weights or ()), len(self.base_weights_multiplier or ())
         if strengths > files:
@@ -70,17 +80,25 @@ class NetworkOptions:
                 "much"
             )
 
-    def check_base_weights(self) -> None:
-        """UserError for a file that is not there."""
-        for path, _ in self.base_networks:
-            if not path.is_file():
-                raise UserError(f"--base_weights: {path} is no file{suggest_path(path, WEIGHTS_SUFFIXES)}")
-
     @property
     def base_networks(self) -> list[tuple[Path, float]]:
         """--base_weights, each with its multiplier."""
         strengths = chain(self.base_weights_multiplier or (), repeat(1.0))
         return [(Path(name), strength) for name, strength in zip(self.base_weights or (), strengths, strict=False)]
+
+    def check(self, given: Collection[str], *, resumes: bool) -> None:
+        """UserError for files that are missing; one to start from is not needed by a run that `resumes`, unless the
+        network is made as it says. `given`: the flags that the user has set.
+        """
+        if names_file(self.network_module):
+            _require("--network_module", Path(self.network_module), (_PYTHON,))
+        if self.network_weights and (self.dim_from_weights or not resumes):
+            _require("--network_weights", Path(self.network_weights), WEIGHTS_SUFFIXES)
+        for path, _ in self.base_networks:
+            _require("--base_weights", path, WEIGHTS_SUFFIXES)
+        for name in ("network_dim", "network_alpha"):
+            if self.dim_from_weights and name in given:
+                notice(f"--{name} has no effect with --dim_from_weights, which takes it from the file")
 
     @property
     def rank(self) -> int:
@@ -96,3 +114,13 @@ class NetworkOptions:
     def network_keywords(self) -> dict[str, str]:
         """`network_args` as name -> value, both as written."""
         return parse_key_values(self.network_args or (), "--network_args")
+
+
+def names_file(network_module: str | None) -> bool:
+    """Whether --network_module is a path and not a name to import."""
+    return bool(network_module) and network_module.endswith(_PYTHON)
+
+
+def _require(flag: str, path: Path, suffixes: Collection[str]) -> None:
+    if not path.is_file():
+        raise UserError(f"{flag}: {path} is no file{suggest_path(path, suffixes)}")

@@ -22,7 +22,7 @@ from library.models.registry import ModelInfo
 from library.models.views import AttachPoints
 from library.options.base import Settings
 from library.options.network import NetworkOptions
-from library.training.methods.network import import_network_module
+from library.training.methods.network_module import import_network_module
 from networks import lora
 
 _LYCORIS = "lycoris.kohya"

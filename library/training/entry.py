@@ -18,7 +18,7 @@ def train_network(description: str, *, sdxl: bool, counterpart: str) -> None:
     def method(settings: options.Settings) -> "Method":
         from library.training.methods.network import NetworkMethod
 
-        return NetworkMethod(settings[options.NetworkOptions], settings[options.OptimizerOptions])
+        return NetworkMethod(settings[options.NetworkOptions], settings[options.OptimizerOptions], settings.flat())
 
     _train(description, options.NetworkOptions, method, sdxl=sdxl, counterpart=counterpart)
 

@@ -65,7 +65,7 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
         room = settings[ModelOptions].max_token_length or 75
         settings[TextualInversionOptions].check(room, resumes=bool(resuming.resume))
     if NetworkOptions in settings.groups:
-        settings[NetworkOptions].check_base_weights()
+        settings[NetworkOptions].check(settings.given, resumes=bool(resuming.resume))
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
     check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
     check_preservation(settings, datasets)

@@ -176,6 +176,7 @@ _MEANING = {
     "use_style_template": _READ_OTHERWISE,
     "init_word": _HAS_BEGUN,
     "weights": _HAS_BEGUN,
+    "network_weights": "which has no effect: the network goes on as it is in the state",
     "ema": "so the moving average of the weights begins or ends here",
 }
 _FACTS = {

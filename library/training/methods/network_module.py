@@ -1,0 +1,119 @@
+"""Network modules, ours and other people's: how one is found, and what becomes of an error in it.
+
+What they print goes to the log file, and so does the traceback of what they raise: the user gets one sentence.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+from library import console
+from library.errors import UserError, suggest
+from library.options.network import names_file
+
+logger = logging.getLogger(__name__)
+
+_LONGEST = 300  # letters of an error that are shown
+_LYCORIS = "lycoris.kohya"
+
+
+def import_network_module(name: str | None) -> ModuleType:
+    """The module of --network_module: a name to import, of a file in the current folder, too, or a path of one.
+
+    UserError if it is missing, cannot be imported or is no network module.
+    """
+    if not name:
+        raise UserError("no network to train: give --network_module one, such as networks.lora")
+    try:
+        with console.quiet_dependencies():
+            module = _import_file(Path(name)) if names_file(name) else _import_named(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if names_file(name) or not name.startswith(missing):
+            raise UserError(f"--network_module {name} needs the package {missing}: pip install {missing}") from error
+        raise UserError(f"--network_module: there is no module {name} (LoRA is networks.lora)") from error
+    except Exception as error:  # whatever other people's raise
+        if name.startswith("."):
+            raise UserError(f"--network_module: there is no module {name} (LoRA is networks.lora)") from error
+        logger.warning("importing %s failed", name, exc_info=True)
+        raise UserError(f"--network_module {name} cannot be imported: {_named(error)}") from error
+    if not inspect.isfunction(getattr(module, "create_network", None)):
+        raise UserError(f"--network_module {name} is no network module: it has no function create_network")
+    return module
+
+
+def _import_named(name: str) -> ModuleType:
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # at the end: a file of the user's hides no package
+    return importlib.import_module(name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module in a file, which finds the files beside it."""
+    path = path.resolve()
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    name = path.stem
+    while name in sys.modules:  # of a package that the file has the name of
+        name = f"_{name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look for their module there
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_arguments(module: ModuleType, keywords: Mapping[str, object]) -> None:
+    """UserError for names in --network_args that LyCORIS would stumble over without saying which it knows."""
+    if module.__name__ != _LYCORIS:
+        return
+    for name, known in (("algo", module.network_module_dict), ("preset", module.PRESET)):
+        value = str(keywords.get(name) or "")
+        found = value.lower() in known if name == "algo" else value in known or Path(value).is_file()
+        if value and not found:
+            close = suggest(value, known)
+            raise UserError(f"--network_args: LyCORIS has no {name} {value}, only {', '.join(known)}{close}")
+
+
+@contextlib.contextmanager
+def called(name: str | None, what: str, flag: str = "--network_module") -> Iterator[None]:
+    """While it lasts, `what` of the network module of this name is called and keeps off the console. UserError if it
+    fails.
+    """
+    with failing_as_mistake(name, what, flag), console.quiet_dependencies():
+        yield
+
+
+@contextlib.contextmanager
+def failing_as_mistake(name: str | None, what: str, flag: str = "--network_module") -> Iterator[None]:
+    """What a network module raises is a UserError, but for the NotImplementedError of values that are missing in a
+    model of which only the headers are read.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever other people's raise
+        if isinstance(error, RuntimeError) and "meta" in str(error).lower():
+            raise NotImplementedError(str(error)) from error
+        logger.warning("%s of %s failed", what, name, exc_info=True)
+        raise UserError(f"{flag}: {what} of {name} fails: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    return _named(error) if isinstance(error, LookupError) or not text else text
+
+
+def _named(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
