@@ -63,6 +63,21 @@ def test_there_and_back_is_the_same_model(files, tmp_path, monkeypatch, fresh_co
         file.verify()
 
 
+def test_values_too_large_for_the_format_are_told_of(tmp_path, monkeypatch, fresh_console, capsys):
+    model = make_model()
+    with torch.no_grad():
+        model.vae.decoder.conv_out.bias[0] = 1e6
+    model.carried["alphas_cumprod"] = torch.full((1000,), 1e6)  # nobody reads it
+    model.save(tmp_path / "large.safetensors")
+    words = (tmp_path / "large.safetensors", tmp_path / "small.safetensors", "--save_precision_as")
+    convert_here(monkeypatch, *words, "fp16")
+    assert "1 tensors hold values that are too large for --save_precision_as fp16, use float or bf16: vae.decoder" in (
+        capsys.readouterr().err
+    )
+    convert_here(monkeypatch, *words, "bf16")
+    assert "too large" not in capsys.readouterr().err
+
+
 def test_precisions_steps_and_a_reference(files, tmp_path, monkeypatch, fresh_console):
     convert_here(monkeypatch, files / "sd2.safetensors", tmp_path / "half.ckpt", "--v2", "--bf16", "--epoch=3")
     content = torch.load(tmp_path / "half.ckpt", weights_only=True)

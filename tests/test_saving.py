@@ -5,15 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from library.errors import UserError
+from library.models.writing import overflowing
 from library.options.saving import SaveOptions
 from library.training import events
 from library.training.optimization.stepper import Stepper
 from library.training.resuming.state import Progress, TrainState
 from library.training.saving import Saver, all_finite
-from tests.tiny import stored
+from tests.tiny import make_model, stored
 
 SHORT = {"train_batch_size": 6}  # one step an epoch
 
@@ -44,9 +46,10 @@ def huge(monkeypatch):
 
 def test_values_are_judged_in_the_type_they_are_saved_in():
     module = nn.Linear(2, 2)
-    for value, half, full in ((65519.0, True, True), (-65520.0, False, True), (float("nan"), False, False)):
+    for value, lost, finite in ((65519.0, [], True), (-65520.0, ["weight"], True), (float("nan"), [], False)):
         module.weight.data[0, 1] = value
-        assert (all_finite(module, torch.float16), all_finite(module)) == (half, full)
+        assert (overflowing(module, torch.float16), all_finite(module)) == (lost, finite)
+        assert overflowing(module, torch.bfloat16) == []
     module.weight.data.fill_(3e38)  # whose sum is not finite
     assert all_finite(module)
 
@@ -57,13 +60,36 @@ def test_weights_too_large_for_their_file_are_kept_in_the_state(train, flags, tm
     with pytest.raises(SystemExit, match="2"):
         train(flags(tmp_path, **saving))
     said = capsys.readouterr().err
-    why = "the weights after step 2 are too large for the float16 that they are saved in, so no file is written"
-    assert f"{why}: use --save_precision float or bf16: the training goes on without it" in said
-    assert last_words(said).endswith(f"{why}: use --save_precision float or bf16; --resume latest tries it again")
+    why = "the weights after step 2 are too large for the float16 that they are saved in (1 of their tensors: lora_te_"
+    assert why in said
+    advice = "so no file is written: use --save_precision float or bf16"
+    assert f"{advice}: the training goes on without it" in said
+    assert last_words(said).endswith(f"{advice}; --resume latest tries it again")
     state = "run-step00000002-state"
     assert {path.name for path in tmp_path.iterdir()} == {"run-step00000001.safetensors", state}
     train(flags(tmp_path, **saving | {"save_precision": "bf16"}, resume="latest"))
     assert stored(tmp_path / "run.safetensors")
+
+
+@pytest.mark.parametrize(("no_rehearsal", "when"), [(None, "before the first step"), (True, "after step 1")])
+def test_weights_that_are_saved_along_are_not_turned_into_infinities(
+    train, flags, tmp_path, capsys, no_rehearsal, when
+):
+    """Those of an autoencoder that nothing trains; the rehearsal says so at once."""
+    model = make_model()
+    with torch.no_grad():
+        model.vae.decoder.conv_out.bias[0] = 1e6
+    model.save(tmp_path / "base.safetensors")
+    changes = {"pretrained_model_name_or_path": tmp_path / "base.safetensors", "network_module": None, **SHORT}
+    changes |= {"max_train_steps": 1, "learning_rate": 1e-4, "no_rehearsal": no_rehearsal}
+    with pytest.raises(SystemExit, match="2"):
+        train(flags(tmp_path / "out", **changes, save_precision="fp16"), script="train_db")
+    tensors = "(1 of their tensors: vae.decoder.conv_out.bias)"
+    said = last_words(capsys.readouterr().err)
+    assert f"the weights {when} are too large for the float16 that they are saved in {tensors}" in said
+    assert not list((tmp_path / "out").glob("run.safetensors"))
+    train(flags(tmp_path / "out", **changes, save_precision="bf16"), script="train_db")
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out" / "run.safetensors").values())
 
 
 def test_a_run_of_another_name_lets_the_files_of_the_state_s_be(train, flags, tmp_path):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library import cli, console
-from library.errors import UserError
+from library.errors import UserError, some
 from library.models.files.folder_files import COMPONENTS
 from library.models.files.hub import find_model
 from library.options.convert import ConvertOptions
@@ -36,6 +36,7 @@ def main() -> None:
     with console.quiet_dependencies():
         from library.models.diffusers_writer import check_replaceable, write_folder
         from library.models.registry import inspect_model
+        from library.models.writing import overflowing
     if not options.to_file:
         check_replaceable(target, keep=[place for place in (path, vae, reference) if place])
     if options.variant and not has_variant(path, options.variant):
@@ -48,6 +49,11 @@ def main() -> None:
     model = info.load(formats[options.loaded_as])
     model.prediction = prediction
     saved = formats[options.saved_as]
+    if names := overflowing(model, saved):
+        console.warn(
+            f"{target}: {len(names)} tensors hold values that are too large for --save_precision_as "
+            f"{options.saved_as}, use float or bf16: {some(names)}"
+        )
     if options.to_file:
         model.save(target, saved, metadata, options.counts)
     else:

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from library.models.diffusers_writer import write_folder
 from library.models.family import Family
+from library.models.files.weights_file import overflows
 from library.suffixes import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 
 SINGLE_FILES = {"ckpt": ".ckpt", "pt": ".pt", "safetensors": SAFETENSORS_SUFFIX}
@@ -42,3 +44,9 @@ def write_model(
     else:
         model.save(path, dtype, metadata)
     return path
+
+
+def overflowing(module: nn.Module, dtype: torch.dtype | None) -> list[str]:
+    """The names of the parameters and buffers with a finite number that is none in `dtype`."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return [name for name, tensor in named if overflows(tensor, dtype)]

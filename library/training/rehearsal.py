@@ -33,6 +33,7 @@ from library.training.previews import with_seed
 from library.training.provenance import Provenance
 from library.training.published import published_weights
 from library.training.resuming.packing import raw
+from library.training.saving import check_range
 from library.training.step import TrainingStep
 from library.training.validation import untouched_generators
 
@@ -105,6 +106,7 @@ def _paint(run: Outlook, step: TrainingStep) -> None:
 
 def _save(run: Outlook, method: Method, step: TrainingStep, motion: Motion, ema: Ema | None) -> None:
     """What is saved at once, in a folder that is taken for unfinished and cleaned up wherever this is killed."""
+    check_range(method.saved(step.model, step.trained), run.formats.saved, "before the first step")
     folder = run.target.with_name(f"{run.target.name}.{os.getpid()}.tmp")
     metadata = Provenance(run, method, step.model, motion.optimizer)(run.progress)
     try:

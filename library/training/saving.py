@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from library.console import notice, warn
-from library.errors import UserError
+from library.errors import UserError, some
+from library.models.writing import overflowing
 from library.options.saving import SaveOptions
 from library.replacing import remove
 from library.training import together
@@ -209,21 +210,17 @@ class Saver:
             self.uploader.upload_state(folder)
 
     def _require_finite(self, progress: Progress, dtype: torch.dtype = torch.float32) -> None:
-        """NotFinite if losses or weights are not, so that nothing good is overwritten. UserError if weights are too
-        large for the type that they are saved in.
+        """NotFinite if losses or weights are not, so that nothing good is overwritten. UserError if weights in the file
+        are too large for the type that it is saved in, trained or not.
         """
         self.tracker.require_finite_losses()
-        trained = self.state.step.trained
-        if all_finite(trained, dtype):
-            return
-        if dtype != torch.float32 and all_finite(trained):
-            raise UserError(
-                f"the weights after step {progress.step} are too large for the {str(dtype).removeprefix('torch.')} "
-                "that they are saved in, so no file is written: use --save_precision float or bf16"
+        step = self.state.step
+        if not all_finite(step.trained):
+            raise NotFinite(
+                f"the weights are no longer finite after step {progress.step}, so nothing is saved: lower the learning "
+                "rate"
             )
-        raise NotFinite(
-            f"the weights are no longer finite after step {progress.step}, so nothing is saved: lower the learning rate"
-        )
+        check_range(self.method.saved(step.model, step.trained), dtype, f"after step {progress.step}")
 
 
 def hindrance(write: Callable[[], Any]) -> UserError | None:
@@ -245,13 +242,22 @@ def went_well(problem: UserError | None) -> bool:
 
 
 @torch.no_grad()
-def all_finite(module: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether every parameter and buffer holds only values that are finite in `dtype`; of those that are spread over
-    processes, this one's.
+def all_finite(module: nn.Module) -> bool:
+    """Whether every parameter and buffer holds only finite values; of those that are spread over processes, this one's
+    part.
     """
-    extremes = [torch.zeros(2)]  # rounding keeps the order, so that they tell of all the others
+    extremes = [torch.zeros(2)]  # the smallest and the largest value are not finite if any is not
     for tensor in (*module.parameters(), *module.buffers()):
         own = engines.local(tensor)
         if own.is_floating_point() and own.numel():
             extremes.append(torch.stack(torch.aminmax(own)).float().cpu())
-    return bool(torch.cat(extremes).to(dtype).isfinite().all())
+    return bool(torch.cat(extremes).isfinite().all())
+
+
+def check_range(saved: nn.Module, dtype: torch.dtype, when: str) -> None:
+    """UserError if a file of this type would hold infinities in place of weights. `when` is for the sentence."""
+    if names := overflowing(saved, dtype):
+        raise UserError(
+            f"the weights {when} are too large for the {str(dtype).removeprefix('torch.')} that they are saved in "
+            f"({len(names)} of their tensors: {some(names)}), so no file is written: use --save_precision float or bf16"
+        )

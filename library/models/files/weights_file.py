@@ -86,6 +86,16 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
+def overflows(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether `cast` makes infinities of finite numbers."""
+    if dtype is None or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
+        return False
+    extremes = torch.stack(torch.aminmax(tensor.detach()))  # rounding keeps the order: they tell of all the others
+    return bool((extremes.isfinite() & ~extremes.to(dtype).isfinite()).any())
+
+
 def stored_dtype(outline: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The format that `cast` gives."""
     return dtype if dtype is not None and outline.is_floating_point() else outline.dtype
