@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
         "fine_tune",
         {"train_data_dir": "", "caption_extension": None, "train_text_encoder": True},
     ),
+    "SDXL itself": ("sdxl_train", {"train_text_encoder": True}),
     "word": ("train_textual_inversion", WORD),
     "word of SDXL": ("sdxl_train_textual_inversion", WORD),
 }
@@ -46,6 +47,11 @@ INTENDED = {
     "lora of SDXL": rf"trained\.lora_(te1_(?!text_model_encoder_layers_1_)|te2_|unet_)\w+{FACTOR}",
     "U-Net": r"(model|trained)\.unet\..*",
     "U-Net and text encoder": r"(model|trained)\.(unet|text_encoders?)\..*(weight|bias)",
+    "SDXL itself": (
+        r"(model|trained)\.(unet\..*"
+        r"|(text_encoders\.0|text_encoder_1)\.model\.(embeddings|encoder\.layers\.0)\..*(weight|bias)"
+        r"|(text_encoders\.1|text_encoder_2)\..*(weight|bias))"
+    ),
     "word": r"trained\.emb_params\.rows",
     "word of SDXL": r"trained\.clip_[lg]\.rows",
 }

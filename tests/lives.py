@@ -48,6 +48,8 @@ class Life:
             (self.pictures / "captions.json").write_text(json.dumps(described))
             data = {"train_data_dir": shown, "in_json": self.pictures / "captions.json"}
             data |= {"caption_extension": None, "network_module": None, "train_text_encoder": True}
+        elif script in ("train_db", "sdxl_train"):
+            data |= {"network_module": None}
         self.words = flags(self.output, **(data | {"logging_dir": self.log} | SAVING | changes))
 
     def go_on(self, more: Sequence[str] = (), **kill: object) -> Ended:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from library.training.device import engines
+from library.training.methods.base import ParameterGroup
 from library.training.optimization import parts
 from library.training.optimization.fused import FusedStepper, divide_evenly
 from library.training.optimization.parts import Parts
@@ -131,7 +132,8 @@ def test_a_set_that_lacks_a_gradient_moves_at_the_end():
     Prepared.optimizer = optimizer
     Prepared.zero_grad = lambda self, set_to_none: optimizer.zero_grad(set_to_none)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    stepper = FusedStepper(None, None, Prepared(), scheduler, ["all"], None, seed=0, sets=2)
+    groups = [ParameterGroup("all", [used, unused, apart], 1.0)]
+    stepper = FusedStepper(None, None, Prepared(), scheduler, groups, None, seed=0, sets=2)
     assert [len(members) for members in stepper.sets] == [2, 1]
     for number in (1, 2):
         (3 * used.sum() + 4 * apart.sum()).backward()

@@ -108,8 +108,20 @@ VARIANTS: dict[str, dict[str, object]] = {
     "epochs": {"save_every_n_epochs": 1, "save_last_n_epochs": 1, "save_every_n_steps": None},
     "ratio": {"save_n_epoch_ratio": 3, "save_last_n_epochs_state": 1, "save_every_n_steps": None},
 }
+BLOCKS = ",".join("0" if block in (1, 7) else f"{block + 1}e-4" for block in range(13))
 FINE_TUNED = ("accumulation", "ema", "8 bit", "schedule-free", "bf16", "bf16 throughout", "fused", "latents on disk")
 """Variants that fine-tuning is tried in, too."""
+WHOLE_MODELS: dict[str, tuple[str, dict[str, object]]] = {
+    "DreamBooth": ("train_db", {"stop_text_encoder_training": 4}),
+    "DreamBooth with Prodigy": (
+        "train_db",
+        {"stop_text_encoder_training": 3, "optimizer_type": "Prodigy", "learning_rate": 1},
+    ),
+    "DreamBooth, unpadded": ("train_db", {"stop_text_encoder_training": 5, "no_token_padding": True, "ema": True}),
+    "blocks": ("sdxl_train", {"block_lr": BLOCKS, "train_text_encoder": True, "learning_rate_te1": 0}),
+    "blocks, fused": ("sdxl_train", {"block_lr": BLOCKS, "fused_optimizer_groups": 3}),
+}
+"""Scripts with variants of their own."""
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +185,14 @@ def test_upon_a_merged_network_with_samples_to_preserve(compare, tmp_path):
     base = write(tmp_path / "base.safetensors")
     common = {"train_data_dir": None, "caption_extension": None, "dataset_config": data, "network_dropout": 0.3}
     compare(at_random(3), base_weights=base, base_weights_multiplier=0.5, **common)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE_MODELS)
+def test_variants_of_whole_models(compare, model_files, name):
+    script, changes = WHOLE_MODELS[name]
+    model = {"pretrained_model_name_or_path": model_files("sdxl")} if script == "sdxl_train" else {}
+    compare(at_random(4), script, **model, **changes)
 
 
 @pytest.mark.slow

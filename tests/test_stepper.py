@@ -162,7 +162,9 @@ class Scaled:
             optimizer=optimizer, param_groups=optimizer.param_groups, zero_grad=optimizer.zero_grad
         )
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-        self.stepper = HalfStepper(accelerator, None, prepared, scheduler, ["all"], clip_norm, seed=0)
+        self.stepper = HalfStepper(
+            accelerator, None, prepared, scheduler, [ParameterGroup("all", [self.weight], 1.0)], clip_norm, seed=0
+        )
 
     def step(self, gradient: float) -> steppers.StepInfo:
         self.scaler.scale((self.weight.float() * gradient).sum()).backward()

@@ -32,6 +32,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "fine_tune",
         {"pretrained_model_name_or_path": MODEL, "train_text_encoder": True, "learning_rate": 1e-4},
     ),
+    "train_db": (
+        "train_db",
+        {"pretrained_model_name_or_path": MODEL, "stop_text_encoder_training": 3, "learning_rate": 1e-4},
+    ),
+    "sdxl_train": (
+        "sdxl_train",
+        {"pretrained_model_name_or_path": MODEL_SDXL, "train_text_encoder": True, "learning_rate": 1e-4},
+    ),
     "textual_inversion": (
         "train_textual_inversion",
         {"pretrained_model_name_or_path": MODEL, "learning_rate": 1e-2, "save_model_as": "safetensors", **WORD},

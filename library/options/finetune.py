@@ -21,7 +21,7 @@ class FineTuneOptions(FullModelOptions):
 
     @property
     def trains_text_encoder(self) -> bool:
-        return self.train_text_encoder
+        return self.train_text_encoder and self.learning_rate_te != 0
 
     def rates(self, learning_rate: float) -> dict[str, float]:
         rates = {"unet": learning_rate}

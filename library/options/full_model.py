@@ -27,12 +27,22 @@ class FullModelOptions:
 
     @property
     def trains_text_encoder(self) -> bool:
-        """Whether a text encoder is trained."""
+        """Whether a text encoder may be trained, as far as can be told without --learning_rate."""
         raise NotImplementedError
 
+    @property
+    def text_encoder_steps(self) -> int | None:
+        """In how many of the run's first steps a text encoder is trained; None: in all."""
+        return None
+
+    @property
+    def block_rates(self) -> tuple[float, ...] | None:
+        """The learning rate of each block of the U-Net, if they have rates of their own."""
+        return None
+
     def rates(self, learning_rate: float) -> Mapping[str, float]:
-        """The learning rate of each part that is trained: `unet`, and `text_encoder`, numbered from 1 where a model has
-        several. `learning_rate` is that of parts without one of their own.
+        """The learning rate of each part that is asked for: `unet`, and `text_encoder`, numbered from 1 where a model
+        has several. `learning_rate` is that of parts without one of their own; parts with 0 are not trained.
         """
         raise NotImplementedError
 

@@ -1,9 +1,11 @@
 """Full fine-tuning and DreamBooth with SDXL."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from library.console import notice
+from library.errors import UserError
 from library.options.base import option
 from library.options.full_model import FullModelOptions
 
@@ -28,15 +30,36 @@ class SdxlFineTuneOptions(FullModelOptions):
         metavar="X,X,...",
     )
 
+    def __post_init__(self) -> None:
+        _ = self.block_rates  # which refuses what are no rates
+
     @property
     def trains_text_encoder(self) -> bool:
-        return self.train_text_encoder
+        return self.train_text_encoder and (self.learning_rate_te1 != 0 or self.learning_rate_te2 != 0)
+
+    @property
+    def block_rates(self) -> tuple[float, ...] | None:
+        if not self.block_lr:
+            return None
+        return tuple(_rate(text.strip(), block) for block, text in enumerate(self.block_lr.split(",")))
 
     def rates(self, learning_rate: float) -> dict[str, float]:
-        rates, own = {"unet": learning_rate}, (self.learning_rate_te1, self.learning_rate_te2)
+        rates = {"unet": learning_rate if self.block_rates is None else max(self.block_rates)}
+        own = (self.learning_rate_te1, self.learning_rate_te2)
         for number, rate in enumerate(own, 1):
             if self.train_text_encoder:
                 rates[f"text_encoder_{number}"] = learning_rate if rate is None else rate
             elif rate is not None:
                 notice(f"--learning_rate_te{number} has no effect without --train_text_encoder")
         return rates
+
+
+def _rate(text: str, block: int) -> float:
+    """UserError for what is no learning rate."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not (math.isfinite(rate) and rate >= 0):
+        raise UserError(f"--block_lr: {text!r}, the value of block {block}, is not a number of 0 or more")
+    return rate

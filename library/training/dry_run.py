@@ -18,7 +18,6 @@ from library.models.family import Family
 from library.options.cache import CacheOptions
 from library.options.ema import EmaOptions
 from library.options.memory import MemoryOptions
-from library.options.model import ModelOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.precision import PrecisionOptions
 from library.options.preview import PreviewOptions
@@ -60,7 +59,7 @@ def show_run(run: Outlook, method: Method) -> None:
     """
     model = run.info.outline()
     model.prediction = run.prediction
-    model.read_captions(text_options(run.settings[ModelOptions]))
+    model.read_captions(text_options(run.settings))
     try:
         trained = method.build(model)
     except NotImplementedError as error:  # as torch says where a value is missing
@@ -70,7 +69,7 @@ def show_run(run: Outlook, method: Method) -> None:
     groups = method.parameter_groups()
     optimizer = make_optimizer(run.settings[OptimizerOptions], groups)
     if run.resumed:
-        resume.foresee(run.resumed, trained, facts(run, optimizer, run.log), run.progress.step)
+        resume.foresee(run.resumed, trained, facts(run, optimizer, groups, run.log), run.progress.step)
     sizes = estimate(run, method, model, trained, groups)
     summary = summarise(run.table, run.plans.datasets, run.plan, run.settings[TrainingOptions].total_steps)
     lines = [

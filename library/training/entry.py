@@ -43,7 +43,7 @@ def textual_inversion(description: str, *, sdxl: bool, counterpart: str) -> None
         from library.training.methods.textual_inversion import TextualInversion
         from library.training.text_caching import text_options
 
-        reading = text_options(settings[options.ModelOptions])
+        reading = text_options(settings)
         return TextualInversion(settings[options.TextualInversionOptions], settings[options.OptimizerOptions], reading)
 
     _train(description, options.TextualInversionOptions, method, sdxl=sdxl, counterpart=counterpart)

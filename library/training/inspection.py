@@ -8,7 +8,6 @@ from library.models.registry import ModelInfo
 from library.models.text import token_report
 from library.options.base import Settings
 from library.options.dataset import DatasetOptions
-from library.options.model import ModelOptions
 from library.options.saving import SaveOptions
 from library.options.training import TrainingOptions
 from library.training.methods.base import Method
@@ -25,7 +24,7 @@ def show_dataset(
     training = settings[TrainingOptions]
     # one process that sees in each step what all of the run's see together
     plan = RunPlan(table, plans.datasets, seed=run.seed, accumulation=run.accumulation * run.world)
-    tokenizers, text = info.family.tokenizers(), text_options(settings[ModelOptions])
+    tokenizers, text = info.family.tokenizers(), text_options(settings)
     for tokenizer in tokenizers.values():
         method.add_words(tokenizer)
 

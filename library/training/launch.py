@@ -15,7 +15,6 @@ from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
 from library.options.loader import LoaderOptions
 from library.options.memory import MemoryOptions
-from library.options.model import ModelOptions
 from library.options.objective import ObjectiveOptions
 from library.options.precision import PrecisionOptions
 from library.options.rehearsal import RehearsalOptions
@@ -98,7 +97,7 @@ def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches, Placement
     exact = method.is_trained if formats.trained == torch.float32 else lambda component: False
     model = info.load(formats.frozen, accelerator.device, formats.vae, vae_device, exact=exact)
     model.prediction = run.prediction
-    model.read_captions(text_options(settings[ModelOptions]))
+    model.read_captions(text_options(settings))
     merge_base_networks(run.base_networks, model)
     choose_attention(settings[AttentionOptions], model, run.formats, accelerator.device)
     caches = prepare_caches(
@@ -116,7 +115,8 @@ def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches, Placement
     seed_generators(run.seed, "first weights")
     trained = in_format(method.build(model), formats.trained)
     preservation = Preservation(method.without_trained, trains_text_encoder=method.trains_text_encoder())
-    step = TrainingStep(model, trained, model.noise_process(), settings[ObjectiveOptions], preservation)
+    noise, objective = model.noise_process(), settings[ObjectiveOptions]
+    step = TrainingStep(model, trained, noise, objective, preservation, method.text_encoder_steps())
     not_exchanged(step)
     if memory.gradient_checkpointing:
         model.enable_gradient_checkpointing(unet=True, text_encoders=method.trains_text_encoder())

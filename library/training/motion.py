@@ -37,8 +37,7 @@ def set_in_motion(run: Outlook, method: Method, step: TrainingStep) -> Motion:
     optimizer = make_optimizer(run.settings[OptimizerOptions], groups)
     scheduler = make_scheduler(run.settings[SchedulerOptions], optimizer, run.progress.total_steps)
     root, prepared, groups = engines.prepare(run.accelerator, step, optimizer, groups)
-    names = [group.name for group in groups]
-    stepper = make_stepper(run, method, root, prepared, scheduler, names)
+    stepper = make_stepper(run, method, root, prepared, scheduler, groups)
     return Motion(root, groups, optimizer, scheduler, stepper)
 
 

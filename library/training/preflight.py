@@ -16,6 +16,7 @@ from library.options.attention import AttentionOptions
 from library.options.base import Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
+from library.options.dreambooth import DreamBoothOptions
 from library.options.full_model import FullModelOptions
 from library.options.huggingface import HubOptions
 from library.options.logging import LogOptions
@@ -61,6 +62,8 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     _ = settings[MetadataOptions].described  # its picture is looked at
     check_model(settings[ModelOptions])
     check_memory(settings)
+    if DreamBoothOptions in settings.groups:
+        settings[DreamBoothOptions].check(settings[ModelOptions], settings[CacheOptions])
     if TextualInversionOptions in settings.groups:
         room = settings[ModelOptions].max_token_length or 75
         settings[TextualInversionOptions].check(room, resumes=bool(resuming.resume))

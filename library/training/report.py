@@ -28,7 +28,8 @@ def before_training(
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         count = sum(parameter.numel() for parameter in group.parameters)
         rate = "of its own" if own.get("relative_step") else f"{group.learning_rate:g}"
-        lines.append(f"trained: {group.name}, {count:,} parameters, learning rate {rate}")
+        until = "" if group.trained_in(progress.total_steps - 1) else f", in the first {group.steps} steps only"
+        lines.append(f"trained: {group.name}, {count:,} parameters, learning rate {rate}{until}")
     return "\n".join([*lines, ""])
 
 

@@ -28,12 +28,16 @@ class TrainingStep(nn.Module):
         noise: NoiseProcess,
         options: ObjectiveOptions = _PLAIN,
         preservation: Preservation | None = None,
+        text_steps: int | None = None,
     ):
-        """`preservation`: for batches with samples that are to keep what the model says of them."""
+        """`preservation`: for batches with samples that are to keep what the model says of them. `text_steps`: so many
+        of the run's first steps train the text encoders, if not all.
+        """
         super().__init__()
         self.model = model
         self.trained = trained
         self.noise = noise
+        self.text_steps = text_steps
         self.objective = Objective(options, noise)
         self.preservation = preservation
         self.unusable: list[tuple[Tensor, list[int]]] = []
@@ -69,7 +73,7 @@ class TrainingStep(nn.Module):
         """(B,) float32 for scaled latents and noise (B, C, h, w) and timesteps (B,) of the caller's choice. The latents
         get the noise that is `added`, if it is not the same.
         """
-        text = self.model.encode_text(batch.captions) if batch.text is None else batch.text
+        text = self.text_of(batch)
         condition = self.model.condition(text, batch.sizes)
         noisy = self.noise.add_noise(latents, noise if added is None else added, timesteps)
         target = self.noise.target(latents, noise, timesteps)
@@ -77,6 +81,17 @@ class TrainingStep(nn.Module):
             target = self.preservation.targets(self.model, batch, rows, noisy, timesteps, target)
         prediction = self.model.denoise(noisy, timesteps, condition)
         return self.objective.losses(prediction, target, timesteps, batch.loss_mask, batch.weights)
+
+    def text_of(self, batch: Batch) -> dict[str, Tensor]:
+        """What the text encoders say of the captions: cached, or asked now. After the last step that trains them they
+        get no gradients, and optimizers leave them as they are: their parameters stay in place, because DDP counts on
+        `requires_grad` being what it was.
+        """
+        if batch.text is not None:
+            return batch.text
+        over = self.text_steps is not None and batch.plan.step >= self.text_steps
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not over):
+            return self.model.encode_text(batch.captions)
 
     def forget(self) -> None:
         """What was noted of the micro-batches of this step does not count."""

@@ -15,15 +15,22 @@ from library.models.registry import ModelInfo
 from library.models.text import TextOptions
 from library.options.base import Settings
 from library.options.cache import CacheOptions
+from library.options.dreambooth import DreamBoothOptions
 from library.options.model import ModelOptions
 from library.training import together
 from library.training.base_model import inspect_for_tool
 from library.training.device.accelerator import make_accelerator
 
 
-def text_options(options: ModelOptions) -> TextOptions:
+def text_options(settings: Settings) -> TextOptions:
     """How captions are to be read."""
-    return TextOptions(options.max_token_length or CHUNK, options.clip_skip, options.weighted_captions)
+    options, dreambooth = settings[ModelOptions], settings.groups.get(DreamBoothOptions)
+    return TextOptions(
+        options.max_token_length or CHUNK,
+        options.clip_skip,
+        options.weighted_captions,
+        padded=not (dreambooth and dreambooth.no_token_padding),
+    )
 
 
 def text_layout(info: ModelInfo, text: TextOptions, merged: str = "") -> TextLayout:
@@ -49,7 +56,7 @@ def cache_text_ahead(
     options = settings[CacheOptions]
     info = inspect_for_tool(settings)
     accelerator, formats = make_accelerator(settings, info.family)
-    text = text_options(settings[ModelOptions])
+    text = text_options(settings)
 
     @cache
     def model() -> Family:

@@ -26,6 +26,12 @@ class ParameterGroup:
     name: str
     parameters: list[nn.Parameter]
     learning_rate: float
+    steps: int | None = None
+    """They are trained in so many of the run's first steps; None: in all."""
+
+    def trained_in(self, step: int) -> bool:
+        """Whether they are in this step, counted from 0."""
+        return self.steps is None or step < self.steps
 
 
 class Method(ABC):
@@ -81,6 +87,10 @@ class Method(ABC):
     def trains_text_encoder(self) -> bool:
         """Whether gradients pass through a text encoder."""
         return True
+
+    def text_encoder_steps(self) -> int | None:
+        """In how many of the run's first steps they do; None: in all."""
+        return None
 
     def enable_gradient_checkpointing(self) -> None:  # noqa: B027
         """Called where --gradient_checkpointing is set, after the model's own is on."""

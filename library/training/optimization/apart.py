@@ -18,7 +18,9 @@ Group = dict[str, Any]
 @functools.cache
 def by_rate(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """A class like `kind`, of the same name, groups and state, whose step moves the groups of each rate by themselves,
-    so that these find a d of their own. Groups with a rate of 0 stay as they are.
+    so that these find a d of their own, as do those that are `alone` whatever their rate: what stops being trained
+    would else be half in the sums that d is the ratio of. Groups with a rate of 0 stay as they are, and those without
+    gradients.
     """
 
     def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> None:
@@ -39,12 +41,12 @@ def by_rate(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
 
 
 def _parts(groups: list[Group]) -> list[list[Group]]:
-    """The groups that move, those together whose rates are the same by the flags and after the scheduler, unless they
-    have found different d while they were not.
+    """The groups that move, those together whose rates are the same by the flags and after the scheduler, unless one
+    is alone or they have found different d while they were not.
     """
-    parts: dict[tuple[float, float, float], list[Group]] = {}
+    parts: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
-        if group["lr"] > 0:
-            key = (group.get("initial_lr", group["lr"]), group["lr"], group["d"])
+        if group["lr"] > 0 and any(parameter.grad is not None for parameter in group["params"]):
+            key = (group.get("alone", False), group.get("initial_lr", group["lr"]), group["lr"], group["d"])
             parts.setdefault(key, []).append(group)
     return list(parts.values())

@@ -1,5 +1,6 @@
 """Whether training moves what it should: a group without gradients is a run wasted, and nothing else would tell."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +25,15 @@ class Movement:
         optimizer: torch.optim.Optimizer,
         *,
         resumed: bool = False,
-        step: Callable[[], object] = object,
+        step: Callable[[], int] | None = None,
     ):
-        """`resumed`: others have taken steps before, so that those left need not be any that can be taken. `step` tells
-        one from another where the optimizer takes them in parts.
+        """`resumed`: others have taken steps before, so that those left need not be any that can be taken. `step` gives
+        the number of the one under way, for optimizers that take them in parts.
         """
         self.groups = groups
         self.resumed = resumed
-        self.step = step
-        self.last: object = None
+        self.step = step or itertools.count().__next__
+        self.last: int | None = None
         self.start = [[_sample(parameter) for parameter in group.parameters] for group in groups]
         self.taken = 0
         self.steps = [0] * len(groups)  # with a learning rate above 0
@@ -43,8 +44,8 @@ class Movement:
         step = self.step()
         begins, self.last = step != self.last, step
         self.taken += begins
-        for i, group in enumerate(optimizer.param_groups):
-            if group["lr"] > 0:
+        for i, (group, own) in enumerate(zip(optimizer.param_groups, self.groups, strict=True)):
+            if group["lr"] > 0 and own.trained_in(step):
                 self.steps[i] += begins
                 for parameter in group["params"]:
                     if parameter.grad is not None:

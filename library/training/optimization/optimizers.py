@@ -101,6 +101,9 @@ def _make(options: OptimizerOptions, groups: list[ParameterGroup]) -> torch.opti
     kind = import_optimizer(options)
     keywords = keywords_of(options, kind)
     own = [{"params": group.parameters, "lr": group.learning_rate} for group in groups]
+    for group, asked in zip(own, groups, strict=True):
+        if asked.steps is not None and options.source.adapts_rate:
+            group["alone"] = True
     if keywords.get("relative_step"):
         for group in own:
             if group["lr"] == 0:

@@ -32,7 +32,13 @@ def show_planned_rates(options: SchedulerOptions, motion: "Motion", progress: Pr
     groups = motion.optimizer.param_groups
     ahead = planned(options, motion.optimizer, [group["asked_rate"] for group in groups], progress.total_steps)
     put_at(ahead, motion.scheduler.last_epoch)
-    rates = {progress.step + 1 + number: values for number, values in sample(ahead, left, POINTS).items()}
+    rates = {
+        progress.step + 1 + number: [
+            rate if group.trained_in(progress.step + number) else 0.0
+            for group, rate in zip(motion.groups, values, strict=True)
+        ]
+        for number, values in sample(ahead, left, POINTS).items()
+    }
     finds = any("d" in group for group in groups)
     title = f"planned factors of the rate that {type(motion.optimizer).__name__} finds" if finds else "planned rates"
     names = [group.name for group in motion.groups]

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from library.data.plan import BatchPlan
 from library.training.device import memory
 from library.training.device.engines import whole
+from library.training.methods.base import ParameterGroup
 from library.training.optimization.optimizers import effective_rates
 from library.training.optimization.parts import Parts
 from library.training.optimization.rounding import Rounding
@@ -37,14 +38,14 @@ class Stepper:
         root: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
-        group_names: list[str],
+        groups: list[ParameterGroup],
         clip_norm: float | None,
     ):
         self.accelerator = accelerator
         self.root = root
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.group_names = group_names
+        self.groups = groups
         self.clip_norm = clip_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.number = 0  # of the step under way, as in its plan
@@ -68,7 +69,10 @@ class Stepper:
         if plan.last_micro:
             self.number = plan.step
             rates = effective_rates(self.optimizer.optimizer, self.scheduler.get_last_lr())
-            self.rates = dict(zip(self.group_names, rates, strict=True))
+            self.rates = {
+                group.name: rate if group.trained_in(plan.step) else 0.0
+                for group, rate in zip(self.groups, rates, strict=True)
+            }
         self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / plan.images_in_step))
 
     def step(self) -> StepInfo:

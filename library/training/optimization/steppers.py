@@ -9,12 +9,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import UserError
 from library.options.base import Settings
+from library.options.dreambooth import DreamBoothOptions
 from library.options.memory import MemoryOptions
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.precision import PrecisionOptions
 from library.training.device import engines
-from library.training.methods.base import Method
+from library.training.methods.base import Method, ParameterGroup
 from library.training.optimization.fused import FusedStepper
 from library.training.optimization.optimizers import import_optimizer
 from library.training.optimization.parts import can_be_split
@@ -36,6 +37,12 @@ def check_stepper(settings: Settings, accelerator: Accelerator) -> None:
     if engines.spreads(accelerator) and spread:
         flag, why = next(iter(spread.items()))
         raise UserError(f"{flag} {why}, which FSDP and DeepSpeed keep to themselves: leave one of them out")
+    dreambooth = settings.groups.get(DreamBoothOptions)
+    if dreambooth and dreambooth.text_encoder_steps and engines.engine(accelerator) == "deepspeed":
+        raise UserError(
+            "--stop_text_encoder_training: DeepSpeed moves all weights in every step, with or without gradients: leave "
+            "one of them out"
+        )
     kind = import_optimizer(settings[OptimizerOptions])
     if network and network.scale_weight_norms and hasattr(kind, "train"):
         raise UserError(
@@ -63,7 +70,7 @@ def make_stepper(
     root: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
-    group_names: list[str],
+    groups: list[ParameterGroup],
 ) -> Stepper:
     """The one that the flags ask for; `root` and `optimizer` are as the engine runs them. UserError where the method
     cannot have that one.
@@ -79,7 +86,7 @@ def make_stepper(
         root,
         optimizer,
         scheduler,
-        group_names,
+        groups,
         run.settings[OptimizerOptions].clip_norm,
     )
     if options.fused is not None:

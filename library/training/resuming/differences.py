@@ -12,6 +12,7 @@ import torch
 from library.console import warn
 from library.data.config import DatasetConfig
 from library.data.records import RecordTable
+from library.errors import some
 from library.models.metadata import IMPLEMENTATION_VERSION
 from library.options.base import Settings, options_of
 from library.options.config import ConfigOptions
@@ -31,6 +32,7 @@ from library.options.textual_inversion import TextualInversionOptions
 from library.options.validation import ValidationOptions
 from library.training.device import engines
 from library.training.logs import Continued
+from library.training.methods.base import ParameterGroup
 from library.training.optimization.optimizers import name_of
 from library.training.shared_scan import digest
 from library.training.trackers import public_value
@@ -74,6 +76,7 @@ _NOT_COMPARED = {
     "learning_rate_te",
     "learning_rate_te1",
     "learning_rate_te2",
+    "block_lr",
     "unet_lr",
     "text_encoder_lr",
     "optimizer_type",
@@ -137,6 +140,8 @@ _MEANING = {
     "clip_skip": _READ_OTHERWISE,
     "max_token_length": _READ_OTHERWISE,
     "weighted_captions": _READ_OTHERWISE,
+    "no_token_padding": _READ_OTHERWISE,
+    "stop_text_encoder_training": "so the text encoder is trained in other steps than before",
     "v_parameterization": _OTHER_AIM,
     "zero_terminal_snr": _OTHER_AIM,
     **dict.fromkeys(
@@ -194,7 +199,9 @@ _NUMBERED_FACTS = {
 }
 
 
-def facts(run: "Outlook", optimizer: torch.optim.Optimizer, log: Continued) -> dict[str, Any]:
+def facts(
+    run: "Outlook", optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], log: Continued
+) -> dict[str, Any]:
     """What a run is made of, without anything private: places and secrets are left out. `log`: how to go on with it."""
     return {
         "output_name": run.target.name,
@@ -202,6 +209,7 @@ def facts(run: "Outlook", optimizer: torch.optim.Optimizer, log: Continued) -> d
         "log": log,
         "settings": comparable(run.settings),
         "optimizer": name_of(optimizer),
+        "groups": [group.name for group in groups],
         "images_per_epoch": run.plan.images_per_epoch,
         "steps_per_epoch": run.plan.steps_per_epoch,
         "dataset": digest(run.table),
@@ -287,7 +295,21 @@ def what_does_not_fit(before: Mapping[str, Any], now: Mapping[str, Any], problem
         return f"it is of {kinds[0]}, not of {kinds[1]}"
     own = {option.name for group in (NetworkOptions, TextualInversionOptions) for option in options_of(group)}
     differing = sorted(_changed_settings(before, now) & own)
-    return ", ".join(_difference(name, before, now) for name in differing) or str(problem)
+    if differing:
+        return ", ".join(_difference(name, before, now) for name in differing)
+    return other_groups(before, now) or str(problem)
+
+
+def other_groups(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which parts of a model one of two runs trains and the other does not, as in a sentence; nothing if they are the
+    same, or not known.
+    """
+    theirs, ours = before.get("groups"), now.get("groups")
+    if not theirs or not ours:
+        return ""
+    gone, new = ([name for name in one if name not in other] for one, other in ((theirs, ours), (ours, theirs)))
+    said = [f"it trains {some(gone)} besides"] * bool(gone) + [f"it does not train {some(new)}"] * bool(new)
+    return " and ".join(said)
 
 
 def _kind(settings: Mapping[str, Any]) -> str:

@@ -22,7 +22,12 @@ from library.training.optimization.optimizers import finds_steps, load_optimizer
 from library.training.optimization.schedulers import planned
 from library.training.requests import RunEnded
 from library.training.resuming import foreign_state
-from library.training.resuming.differences import require_same_words, say_differences, what_does_not_fit
+from library.training.resuming.differences import (
+    other_groups,
+    require_same_words,
+    say_differences,
+    what_does_not_fit,
+)
 from library.training.resuming.packing import check_shapes
 from library.training.resuming.state import Progress, TrainState, load_trained, read_objects
 from library.training.resuming.states import ENGINE, LATEST, SUFFIX, TRAINED, StateFolder, read
@@ -126,6 +131,8 @@ def foresee(resumed: StateFolder, trained: nn.Module, now: Mapping[str, Any], st
             check_shapes(trained, shapes)
         except ValueError as problem:
             raise _of_something_else(resumed, now, problem) from None
+    if resumed.facts.get("optimizer") == now["optimizer"] and (others := other_groups(resumed.facts, now)):
+        raise _of_something_else(resumed, now, ValueError(others))
     if resumed.ours:
         say_differences(resumed.facts, now, step)
     notice(f"it would go on after step {step} with {resumed.folder}")
@@ -168,6 +175,8 @@ def _restore_optimizer(saved: dict[str, Any] | None, resumed: StateFolder, state
     if saved is None:
         return
     found_steps = finds_steps(motion.optimizer)
+    if resumed.ours and (others := other_groups(resumed.facts, state.facts)):
+        raise _of_something_else(resumed, state.facts, ValueError(others))  # whose shapes may all be the same
     try:
         load_optimizer(motion.optimizer, saved)
     except ValueError as problem:
