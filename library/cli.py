@@ -66,7 +66,7 @@ def parse(
     if foreign:
         raise ValueError(f"defaults for options of no group: {', '.join(sorted(foreign))}")
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(groups, description, defaults)
+    parser = make_parser(groups, description, defaults)
     given, rest = parser.parse_known_args(argv)
     _hide_secrets(options, vars(given))
     if rest:
@@ -108,7 +108,10 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(told.replace("ignored explicit argument", "this flag takes no value, leave out"))
 
 
-def _parser(groups: Sequence[type], description: str, defaults: Mapping[str, Any]) -> _Parser:
+def make_parser(
+    groups: Sequence[type], description: str, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> argparse.ArgumentParser:
+    """What reads the command line of a script with these groups; see `parse`."""
     words = [option.name for group in groups for option in options_of(group) if option.details.positional]
     parser = _Parser(
         description=description,

@@ -1,14 +1,19 @@
 """The flags against the table of what users' command lines rely on, and the values behind the defaults."""
 
+import ast
 import csv
-import re
-from collections.abc import Sequence
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import given, settings, strategies
 
-from library import options
+from library import cli, options
 from library.errors import UserError
 from library.options import (
     CacheOptions,
@@ -16,9 +21,9 @@ from library.options import (
     DreamBoothOptions,
     FineTuneOptions,
     FullModelOptions,
+    MetadataOptions,
     NetworkOptions,
     OptimizerOptions,
-    Option,
     PreviewOptions,
     SchedulerOptions,
     SdxlFineTuneOptions,
@@ -29,19 +34,26 @@ from library.options import (
 from library.options.base import STEPS_OR_FRACTION, parse_key_values
 from library.options.loader import LoaderOptions
 from library.options.logging import LogOptions
+from library.training.preflight import tell_of_relics
 
 GROUPS = [value for name, value in vars(options).items() if name.endswith("Options") and value is not FullModelOptions]
 # A script has one of them.
 METHODS = (DreamBoothOptions, FineTuneOptions, SdxlFineTuneOptions, NetworkOptions, TextualInversionOptions)
 FLAGS = [option for group in GROUPS if group not in METHODS or group is NetworkOptions for option in options_of(group)]
-TYPE_NAMES = {bool: "", int: "int", float: "float", str: "str", Path: "Path", STEPS_OR_FRACTION: "int_or_float"}
 
-
-OF_THE_DATA = re.compile(
-    "^in_json|^dataset|_dataset|_data_dir|^caption_|_caption$|_wildcard|token_warmup|keep_tokens|_separator|_aug|_crop|"
-    "^resize|_bucket$|bucket_(reso|no)|^resolution|alpha_mask|masked_loss|^cache|_cache_check|batch_size|^validation_"
+TABLES = Path(__file__).parent / "data" / "flags"
+LIBRARY = Path(cli.__file__).parent
+SCRIPTS = (
+    "fine_tune",
+    "train_db",
+    "train_network",
+    "train_textual_inversion",
+    "sdxl_train",
+    "sdxl_train_network",
+    "sdxl_train_textual_inversion",
 )
-TABLES = ("train_network", "sdxl_train_network", "tools__cache_latents")
+TYPE_NAMES = {bool: "", int: "int", float: "float", str: "str", Path: "Path", STEPS_OR_FRACTION: "int_or_float"}
+# Flags that no table has.
 OURS = {
     "no_rehearsal",
     "dry_run",
@@ -55,57 +67,118 @@ OURS = {
     "resume_new_learning_rate",
     "timestep_distribution",
     "masked_loss_normalize",
-    "fused_optimizer_groups",  # sdxl_train.py's in the toolkit of the tables
+}
+# What is not as in the tables. Both spellings of the extension are one setting, and so are both of its values; 75 is
+# what configuration files of front ends have where the length is left out on command lines.
+OTHERWISE = {
+    "--caption_extention": {"dest": "caption_extension", "default": "'.caption'"},
+    "--max_token_length": {"choices": "75|150|225"},
 }
 
 
-def flag_table(tables: Sequence[str] = TABLES) -> dict[str, dict[str, str]]:
+@cache
+def groups_of(script: str) -> tuple[type, ...]:
+    """The options groups that a script reads its command line with."""
+    found = []
+
+    def parse(groups: Sequence[type], **_: object) -> NoReturn:
+        found.extend(groups)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(cli, "parse", parse)
+        importlib.import_module(script).main()
+    return tuple(found)
+
+
+def table(script: str) -> dict[str, dict[str, str]]:
+    """A script's flags as users know them: what argparse was told, by spelling."""
+    with (TABLES / f"{script}.tsv").open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return {row["flags"]: {key: value for key, value in row.items() if key != "flags"} for row in rows}
+
+
+def flags_of(script: str) -> dict[str, dict[str, str]]:
+    """The same of our script."""
+    groups = groups_of(script)
+    there = {option.name: option for group in groups for option in options_of(group)}
     found = {}
-    for table in tables:
-        path = Path(__file__).parent / "data" / "flags" / f"{table}.tsv"
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            found = {row["dest"]: row for row in rows} | found
+    for action in cli.make_parser(groups, "")._actions:
+        if action.dest == "help":
+            continue
+        option = there[action.dest]
+        (spelling,) = action.option_strings
+        found[spelling] = {
+            "dest": action.dest,
+            "type": TYPE_NAMES[option.kind],
+            "nargs": action.nargs if option.many else "",
+            "default": repr(option.default),
+            "choices": "|".join(map(str, option.details.choices)),
+            "action": type(action).__name__.strip("_"),
+            "required": "True" if action.required else "",
+        }
     return found
 
 
-@pytest.mark.parametrize("option", [one for one in FLAGS if one.name not in OURS], ids=lambda option: option.name)
-def test_flag_is_that_of_the_table(option):
-    assert_is_flag(option, flag_table([*TABLES, "fine_tune"])[option.name])
+def alike(row: Mapping[str, str]) -> dict[str, str]:
+    """A row without what makes no difference: 1 and 1.0, and the None that some lists of choices begin with."""
+    default = row["default"]
+    with suppress(ValueError):
+        default = repr(float(default))
+    return {**row, "default": default, "choices": row["choices"].removeprefix("None|")}
 
 
-@pytest.mark.parametrize("option", options_of(FineTuneOptions), ids=lambda option: option.name)
-def test_flag_of_fine_tuning_is_that_of_its_table(option):
-    assert_is_flag(option, flag_table(["fine_tune"])[option.name])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_of_a_script_are_those_of_its_table(script):
+    rows, ours = table(script), flags_of(script)
+    assert len(rows) > 160
+    expected = {flag: alike(row | OTHERWISE.get(flag, {})) for flag, row in rows.items()}
+    there = {flag: alike(row) for flag, row in ours.items() if flag in rows}
+    assert there == expected
 
 
-@pytest.mark.parametrize("table", ["train_textual_inversion", "sdxl_train_textual_inversion"])
-def test_flags_of_textual_inversion_are_those_of_its_tables(table):
-    rows, own = flag_table([table]), options_of(TextualInversionOptions)
-    there = {option.name: option for option in (*FLAGS, *own)}
-    for option in own:
-        assert_is_flag(option, rows[option.name])
-    aliases = {alias for option in there.values() for alias in option.details.aliases}
-    assert rows.keys() - there.keys() - aliases == set()
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_further_flags_of_a_script_are_ours_or_those_of_another_one(script):
+    known = {flag for path in TABLES.glob("*.tsv") for flag in table(path.stem)}
+    further = flags_of(script).keys() - table(script).keys()
+    assert further - known == {f"--{name}" for name in OURS}
 
 
-def assert_is_flag(option: Option, row: dict[str, str]) -> None:
-    assert row["flags"] == f"--{option.name}"
-    assert row["type"] == TYPE_NAMES[option.kind]
-    assert row["nargs"] == ("*" if option.many else "")
-    assert row["default"] == repr(option.default) or float(row["default"]) == option.default
-    choices = [str(choice) for choice in option.details.choices]
-    # configuration files of front ends have 75 where it is left out on command lines
-    spelled = row["choices"].replace("None|150", "75|150").removeprefix("None|")
-    assert spelled == "|".join(choices)
-    assert row["action"] == ("StoreTrueAction" if option.kind is bool else "StoreAction")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_config_file_of_all_defaults_changes_nothing(script, tmp_path):
+    """Front ends write every flag with the value that it has anyway."""
+    defaults = {row["dest"]: ast.literal_eval(row["default"]) for row in table(script).values()}
+    unset = {"config_file", "output_config"}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in defaults.items() if name not in unset]
+    file = tmp_path / "all.toml"
+    file.write_text("\n".join(line for line in lines if not line.endswith(" null")))
+    groups = groups_of(script)
+    read = cli.parse(groups, ["--config_file", str(file)], description="").flat()
+    assert read == cli.parse(groups, [], description="").flat() | {"config_file": str(file)}
 
 
-def test_every_flag_of_the_table_about_data_and_caches_is_there():
-    named = {name for name in flag_table() if OF_THE_DATA.search(name)}
-    assert named <= {option.name for option in FLAGS} | {"caption_extention"}
-    assert len(named) > 45
-    assert not OURS & flag_table().keys()
+def test_every_option_is_read_somewhere():
+    """By its name, as an attribute or in a text; those two files name many that they have nothing to do with."""
+    read = set()
+    for path in LIBRARY.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and path.name not in ("metadata.py", "differences.py"):
+                read.add(node.value)
+    names = {option.name for group in GROUPS if group is not MetadataOptions for option in options_of(group)}
+    assert not names - read
+
+
+@pytest.mark.parametrize(
+    "words", [["--tokenizer_cache_dir", "x"], ["--persistent_data_loader_workers"], ["--disable_mmap_load_safetensors"]]
+)
+def test_flags_that_can_do_nothing_any_more_say_so_once(words, fresh_console, capsys):
+    tell_of_relics(cli.parse(groups_of("sdxl_train_network"), words, description=""))
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count(f"{words[0]} has no effect: ") == 1
+    tell_of_relics(cli.parse(groups_of("sdxl_train_network"), [], description=""))
+    assert "has no effect" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("one", METHODS, ids=lambda group: group.__name__)
@@ -117,7 +190,7 @@ def test_no_flag_of_a_script_is_in_two_groups(one):
 def test_old_spellings_are_in_the_table_and_no_other_flags_names():
     names = [option.name for option in FLAGS]
     aliases = {alias for option in FLAGS for alias in option.details.aliases}
-    assert aliases <= flag_table().keys()
+    assert {f"--{alias}" for alias in aliases} <= table("train_network").keys()
     assert not aliases & set(names)
 
 

@@ -19,7 +19,7 @@ class LoaderOptions:
         metavar="N",
         minimum=0,
     )
-    persistent_data_loader_workers: bool = option(False, "changes nothing: these processes always last the whole run")
+    persistent_data_loader_workers: bool = option(False, "has no effect: these processes always last the whole run")
 
     @property
     def workers(self) -> int:

@@ -38,6 +38,12 @@ from library.training.hub import check_hub, download_state
 from library.training.resuming import states
 from library.training.trackers import check_trackers
 
+_RELICS = {
+    "tokenizer_cache_dir": "the tokenizers come with this program",
+    "persistent_data_loader_workers": "the processes that read images always last the whole run",
+    "disable_mmap_load_safetensors": "model files are never mapped into memory",
+}
+
 
 @dataclass(frozen=True)
 class Plans:
@@ -58,6 +64,7 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     saving, resuming, dry = settings[SaveOptions], settings[ResumeOptions], settings[RehearsalOptions].dry_run
     saves_states = saving.save_state or saving.save_state_on_train_end
     check_hub(settings[HubOptions], resuming.resume, saves_states=saves_states)
+    tell_of_relics(settings)
     check_fused(settings)
     _ = settings[MetadataOptions].described  # its picture is looked at
     check_model(settings[ModelOptions])
@@ -139,6 +146,7 @@ def forget_requests(control_file: Path) -> None:
 
 def check_caching(settings: Settings, caching: CacheOptions) -> tuple[DatasetConfig, ...]:
     """The datasets for which a tool fills the caches of `caching`; UserError as above."""
+    tell_of_relics(settings)
     check_model(settings[ModelOptions])
     datasets = load_datasets(settings[DatasetOptions], settings.given)
     check_combinations(datasets, caching, trains_text_encoder=False)
@@ -156,8 +164,14 @@ def check_model(options: ModelOptions) -> None:
     for flag, name in (("--pretrained_model_name_or_path", path), ("--vae", options.vae)):
         if name and not os.path.exists(name) and not looks_like_hub_id(name):
             raise UserError(f"{flag}: {name} does not exist{suggest_path(Path(name), WEIGHTS_SUFFIXES)}")
-    if options.tokenizer_cache_dir:
-        console.notice("--tokenizer_cache_dir has no effect: the tokenizers come with this program")
+
+
+def tell_of_relics(settings: Settings) -> None:
+    """Say which flags ask for what cannot be otherwise any more."""
+    values = settings.flat()
+    for name, reason in _RELICS.items():
+        if values.get(name):
+            console.notice(f"--{name} has no effect: {reason}")
 
 
 def check_memory(settings: Settings) -> None:

@@ -1,0 +1,414 @@
+"""The command lines and files that users' guides show, run to their end: with other paths, and with sizes, numbers of
+steps and models as small as can be; nothing else is changed.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.models.files.checkpoint import open_weights
+from library.models.registry import load_model
+from library.models.writing import write_model
+from library.training.resuming import states
+from tests.processes import run
+from tests.tiny import draw_pictures, make_model, read_logs, scalars
+from tests.trained import with_lora
+
+FILES = Path(__file__).parent / "data" / "command_lines"
+MODELS = {"sd1.ckpt": ("sd1", "ckpt"), "sd1.safetensors": ("sd1", "safetensors"), "sd1": ("sd1", "diffusers")}
+MODELS |= {"sdxl.safetensors": ("sdxl", "safetensors")}
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line, with the working folder as {here}, and what there has to be when it has ended."""
+
+    command: str
+    files: Sequence[str]
+    """What is in the output folder, `out`, but for previews and states."""
+    states: Sequence[str] = ()
+    previews: int = 0
+    log: str | None = None
+    """The folder of the log, as a pattern."""
+    dtype: torch.dtype | None = None
+    """Of the weights in each file; any when left out."""
+
+
+# The page on fine-tuning
+FINE_TUNE = """
+accelerate launch --num_cpu_threads_per_process 8 fine_tune.py
+     --pretrained_model_name_or_path={models}/sd1.ckpt
+     --in_json {here}/meta_lat.json
+     --train_data_dir={here}/train_data
+     --output_dir={here}/out
+     --shuffle_caption
+     --train_batch_size=1 --learning_rate=5e-6 --max_train_steps=10
+     --use_8bit_adam --xformers --gradient_checkpointing
+     --mixed_precision=bf16
+     --save_every_n_epochs=4
+"""
+FINE_TUNE_TOML = """
+accelerate launch --num_cpu_threads_per_process 1 fine_tune.py
+    --pretrained_model_name_or_path={models}/sd1.safetensors
+    --output_dir={here}/out
+    --output_name=tuned
+    --dataset_config={here}/metadata.toml
+    --save_model_as=safetensors
+    --learning_rate=5e-6 --max_train_steps=3
+    --use_8bit_adam --xformers --gradient_checkpointing
+    --mixed_precision=fp16
+"""
+# The page on DreamBooth
+DREAMBOOTH = """
+accelerate launch --num_cpu_threads_per_process 8 train_db.py
+     --pretrained_model_name_or_path={models}/sd1.ckpt
+     --train_data_dir={here}/train
+     --reg_data_dir={here}/class
+     --output_dir={here}/out
+     --prior_loss_weight=1.0
+     --resolution=32
+     --train_batch_size=1
+     --learning_rate=1e-6
+     --max_train_steps=3
+     --use_8bit_adam
+     --xformers
+     --mixed_precision="bf16"
+     --cache_latents
+     --gradient_checkpointing
+"""
+DREAMBOOTH_FASTER = """
+accelerate launch --num_cpu_threads_per_process 8 train_db.py
+     --pretrained_model_name_or_path={models}/sd1
+     --train_data_dir={here}/train
+     --reg_data_dir={here}/class
+     --output_dir={here}/out
+     --prior_loss_weight=1.0
+     --resolution=32
+     --train_batch_size=4
+     --learning_rate=1e-6
+     --max_train_steps=2
+     --use_8bit_adam
+     --xformers
+     --mixed_precision="bf16"
+     --cache_latents
+"""
+DREAMBOOTH_BUCKETS = """
+accelerate launch --num_cpu_threads_per_process 8 train_db.py
+     --pretrained_model_name_or_path={models}/sd1.safetensors
+     --train_data_dir={here}/train
+     --reg_data_dir={here}/class
+     --output_dir={here}/out
+     --resolution=48,32
+     --train_batch_size=6 --learning_rate=5e-6 --max_train_steps=4
+     --use_8bit_adam --xformers --mixed_precision="bf16"
+     --save_every_n_epochs=1 --save_state --save_precision="bf16"
+     --logging_dir={here}/logs
+     --enable_bucket --min_bucket_reso=16 --max_bucket_reso=80 --bucket_reso_steps=16
+     --color_aug --flip_aug --gradient_checkpointing --seed 42
+"""
+# The page on LoRA, whose data are those of the page on all scripts
+LORA = """
+accelerate launch --num_cpu_threads_per_process 1 train_network.py
+    --pretrained_model_name_or_path={models}/sd1.safetensors
+    --dataset_config={here}/class.toml
+    --output_dir={here}/out
+    --output_name=lora
+    --save_model_as=safetensors
+    --prior_loss_weight=1.0
+    --max_train_steps=4
+    --learning_rate=1e-4
+    --optimizer_type="AdamW8bit"
+    --xformers
+    --mixed_precision="fp16"
+    --cache_latents
+    --gradient_checkpointing
+    --save_every_n_epochs=1
+    --network_module=networks.lora
+"""
+# The guide to SDXL
+SDXL_FULL = """
+accelerate launch  --mixed_precision bf16 --num_cpu_threads_per_process 4 sdxl_train.py
+--pretrained_model_name_or_path={models}/sdxl.safetensors --output_dir={here}/out --logging_dir={here}/logs
+--dataset_config={here}/full_sdxl.toml --learning_rate=5e-6 --min_bucket_reso=32 --max_bucket_reso=512
+--save_model_as=safetensors --output_name=fullXL --lr_scheduler=constant_with_warmup --lr_warmup_steps=0
+--train_batch_size=4 --gradient_checkpointing --max_train_steps=6 --save_every_n_epochs=1 --save_state
+--mixed_precision=bf16 --save_precision=bf16 --no_half_vae --cache_text_encoder_outputs_to_disk
+--cache_latents_to_disk --optimizer_type=Adafactor
+--optimizer_args="scale_parameter=False","relative_step=False","warmup_init=False" --max_data_loader_n_workers=0
+--xformers --bucket_reso_steps=32 --min_snr_gamma=5 --noise_offset=0.0357 --adaptive_noise_scale=0.00357
+--max_token_length=225 --bucket_no_upscale --sample_sampler=euler_a --sample_prompts={here}/prompts.txt
+--sample_every_n_steps=5 --full_bf16
+"""
+SDXL_LORA = """
+accelerate launch  --mixed_precision bf16 --num_cpu_threads_per_process 4 sdxl_train_network.py
+--pretrained_model_name_or_path={models}/sdxl.safetensors --output_dir={here}/out --logging_dir={here}/logs
+--dataset_config={here}/masked_sdxl.toml --learning_rate=1e-6 --min_bucket_reso=64 --max_bucket_reso=1024
+--save_model_as=safetensors --output_name=loraXL --lr_scheduler=constant_with_warmup --lr_warmup_steps=0
+--train_batch_size=3 --max_train_steps=4 --save_every_n_epochs=1 --gradient_checkpointing --cache_latents_to_disk
+--mixed_precision=bf16 --save_precision=bf16 --no_half_vae --optimizer_type=Adafactor --bucket_no_upscale
+--sample_sampler=euler_a --sample_prompts={here}/prompts.txt --sample_every_n_steps=4 --masked_loss
+--network_module=networks.lora
+"""
+# The page on SDXL, and on Textual Inversion
+SDXL_SETTINGS = """
+accelerate launch --num_cpu_threads_per_process 1 sdxl_train.py
+    --pretrained_model_name_or_path={models}/sdxl.safetensors
+    --config_file={here}/adafactor
+    --dataset_config={here}/class.toml
+    --output_dir={here}/out
+    --max_train_steps=2
+    --gradient_checkpointing --full_bf16 --mixed_precision=bf16
+    --cache_text_encoder_outputs --cache_latents --no_half_vae
+"""
+WORD = """
+accelerate launch --num_cpu_threads_per_process 1 train_textual_inversion.py
+    --pretrained_model_name_or_path={models}/sd1.safetensors
+    --dataset_config={here}/class.toml
+    --output_dir={here}/out
+    --output_name=word
+    --save_model_as=safetensors
+    --max_train_steps=2 --learning_rate=1e-3 --xformers --cache_latents --gradient_checkpointing
+    --mixed_precision=bf16
+    --token_string=hoge --init_word=girl --num_vectors_per_token=4
+"""
+SDXL_WORD = """
+accelerate launch --num_cpu_threads_per_process 1 sdxl_train_textual_inversion.py
+    --pretrained_model_name_or_path={models}/sdxl.safetensors
+    --train_data_dir={here}/train
+    --output_dir={here}/out
+    --resolution=32 --max_train_steps=2 --learning_rate=1e-3 --mixed_precision=bf16 --no_half_vae
+    --token_string=mychar4 --init_word=girl --num_vectors_per_token=2 --use_object_template
+"""
+
+CASES = {
+    "fine_tune": Case(FINE_TUNE, ["epoch-000004.ckpt", "last.ckpt"], dtype=BF16),
+    "fine_tune, dataset file": Case(FINE_TUNE_TOML, ["tuned.safetensors"]),
+    "train_db": Case(DREAMBOOTH, ["last.ckpt"], dtype=BF16),
+    "train_db, a folder": Case(DREAMBOOTH_FASTER, ["last"]),
+    "train_db, buckets": Case(
+        DREAMBOOTH_BUCKETS,
+        ["epoch-000001.safetensors", "last.safetensors"],
+        states=["epoch-000001-state", "last-state"],
+        log="??????????????/dreambooth",
+        dtype=BF16,
+    ),
+    "train_network": Case(LORA, ["lora-000001.safetensors", "lora.safetensors"]),
+    "train_network, as DreamBooth": Case(
+        DREAMBOOTH.replace("train_db", "train_network") + "--network_module=networks.lora", ["last.safetensors"]
+    ),
+    "train_network, captions": Case(
+        LORA.replace("class.toml", "captions.toml"), ["lora-000001.safetensors", "lora.safetensors"]
+    ),
+    "train_textual_inversion": Case(WORD, ["word.safetensors"]),
+    "sdxl_train, settings": Case(SDXL_SETTINGS, ["last.safetensors"], dtype=BF16),
+    "sdxl_train_textual_inversion": Case(SDXL_WORD, ["last.pt"]),
+}
+LAUNCHED = {
+    "sdxl_train": Case(
+        SDXL_FULL,
+        ["fullXL-000001.safetensors", "fullXL.safetensors"],
+        states=["fullXL-000001-state", "fullXL-state"],
+        previews=2,
+        log="??????????????/finetuning",
+        dtype=BF16,
+    ),
+    "sdxl_train_network": Case(
+        SDXL_LORA,
+        ["loraXL-000001.safetensors", "loraXL.safetensors"],
+        previews=2,
+        log="??????????????/network_train",
+        dtype=BF16,
+    ),
+}
+LAUNCHED_SELDOM = ("fine_tune", "train_db", "train_network", "train_textual_inversion", "sdxl_train_textual_inversion")
+
+
+# Options that the guides explain, as they spell them, behind the shortest of their commands.
+OPTIONS = (
+    (LORA, "--network_dim=16 --network_alpha=16 --persistent_data_loader_workers --max_data_loader_n_workers=1"),
+    (LORA, "--unet_lr=1e-4 --text_encoder_lr=5e-5 --scale_weight_norms=1 --network_train_unet_only"),
+    (LORA, "--optimizer_type=AdamW --optimizer_args weight_decay=0.01 betas=.9,.999"),
+    (LORA, "--optimizer_type=DAdaptation --learning_rate=1.0 --text_encoder_lr=0.5 --unet_lr=1.0"),
+    (
+        LORA,
+        '--optimizer_type=AdaFactor --optimizer_args "relative_step=True" "scale_parameter=True" "warmup_init=True"',
+    ),
+    (
+        LORA,
+        '--optimizer_type=adafactor --optimizer_args "relative_step=False" --lr_scheduler="constant_with_warmup"'
+        " --max_grad_norm=0.0",
+    ),
+    (LORA, "--optimizer_type=RMSprop"),
+    (LORA, "--noise_offset=0.1 --multires_noise_iterations=6 --multires_noise_discount=0.3 --min_snr_gamma=5"),
+    (LORA, "--weighted_captions --clip_skip=2 --max_token_length=225 --min_timestep=10 --max_timestep=900"),
+    (FINE_TUNE, "--keep_tokens=1 --dataset_repeats=2 --train_text_encoder --save_precision=float --use_safetensors"),
+    (FINE_TUNE, "--gradient_accumulation_steps=2 --lr_scheduler=cosine --lr_warmup_steps=1 --mem_eff_attn"),
+    (DREAMBOOTH, '--full_fp16 --mixed_precision="fp16"'),
+    (DREAMBOOTH, "--stop_text_encoder_training=2 --no_token_padding --vae={models}/sd1.safetensors"),
+    (DREAMBOOTH, "--save_model_as=diffusers_safetensors --shuffle_caption --caption_extension=.txt"),
+)
+# Shown in the guides and not here: networks that are still to come (conv_dim, block-wise dims and learning rates, and
+# networks.dylora, all in --network_args), an optimizer that cannot compute without a GPU
+# (bitsandbytes.optim.lamb.LAMB), --block_lr, which is abridged there, and uploads, which test_upload.py has a hub for.
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name, (family, kind) in MODELS.items():
+        write_model(make_model(family, clip_config={"num_hidden_layers": 2}), folder / Path(name).stem, kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """What the guides have readers prepare."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for name in ("plain", "reg", "train/2_sls frog", "train/1_cpc frog", "class/1_frog", "hoge", "piyo"):
+        draw_pictures(folder / name, 2, (64, 64))
+        draw_pictures(folder / name, 1, (128, 64))
+    for caption in (path for name in ("plain", "reg", "train", "class") for path in (folder / name).rglob("*.txt")):
+        caption.unlink()
+    for caption in (folder / "hoge").glob("*.txt"):
+        shutil.copy(caption, caption.with_suffix(".caption"))
+    masks = folder / "hoge" / "conditioning"
+    masks.mkdir()
+    for path in (folder / "hoge").glob("*.png"):
+        with Image.open(path) as image:
+            Image.new("L", image.size, 128).save(masks / path.name)
+    write_metadata(folder / "hoge_full_paths.json", folder / "hoge", "{here}/hoge/")
+    write_metadata(folder / "piyo" / "piyo_md.json", folder / "piyo")
+    draw_pictures(folder / "train_data", 2, (64, 64))
+    write_metadata(folder / "meta_lat.json", folder / "train_data", train_resolution=[32, 32])
+    for path in (folder / "train_data").glob("*.png"):
+        latents = np.random.default_rng(0).normal(size=(4, 16, 16)).astype(np.float32)
+        np.savez(path.with_suffix(".npz"), latents=latents, original_size=[64, 64], crop_ltrb=[0, 0, 32, 32])
+    for path in FILES.iterdir():
+        shutil.copy(path, folder)
+    return folder
+
+
+def write_metadata(file: Path, images: Path, prefix: str = "", **more: object) -> None:
+    """What the scripts that merge captions and tags write, keys beginning with `prefix`."""
+    entry = {"tags": "drawn, simple background", **more}
+    captions = {path: path.with_suffix(".txt").read_text(encoding="utf-8") for path in images.glob("*.png")}
+    named = {prefix + (path.name if prefix else path.stem): text for path, text in captions.items()}
+    file.write_text(json.dumps({name: {"caption": text, **entry} for name, text in named.items()}))
+
+
+@pytest.fixture
+def words_of(prepared, models, tmp_path):
+    """`words_of(command)`: the words that a shell makes of a command line, with a working folder of its own."""
+
+    def make(command: str) -> list[str]:
+        here = tmp_path / "here"
+        shutil.copytree(prepared, here)
+        for file in (path for path in here.rglob("*") if path.suffix in (".toml", ".json")):
+            file.write_text(file.read_text(encoding="utf-8").replace("{here}", str(here)), encoding="utf-8")
+        return shlex.split(command.replace("{here}", str(here)).replace("{models}", str(models)))
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_it_does_what_the_guide_says(case, words_of, fork_server):
+    words = words_of(case.command)
+    start = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    ended = fork_server.run(words[start + 1 :], words[start].removesuffix(".py"))
+    assert ended.status == 0, ended.said
+    check(case, words, ended.said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "more"), OPTIONS, ids=[more for _, more in OPTIONS])
+def test_options_do_what_the_guides_say(command, more, words_of, fork_server):
+    words = words_of(f"{command} {more}")
+    start = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    ended = fork_server.run(words[start + 1 :], words[start].removesuffix(".py"))
+    assert ended.status == 0, ended.said
+    given = values_of(words)
+    out = Path(given["output_dir"])
+    for path in out.iterdir():
+        check_weights(out / path.name, given, None)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(case, id=name) for name, case in LAUNCHED.items()),
+        *(pytest.param(CASES[name], id=name, marks=pytest.mark.slow) for name in LAUNCHED_SELDOM),
+    ],
+)
+def test_it_does_so_as_it_is_typed(case, words_of):
+    program, *words = words_of(case.command)
+    ended = run([Path(sys.executable).parent / program, *words], 300, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    assert ended.returncode == 0, ended.stderr
+    check(case, words, ended.stdout + ended.stderr)
+
+
+def check(case: Case, words: Sequence[str], said: str) -> None:
+    """What is in the folders, and what was said."""
+    given = values_of(words)
+    out = Path(given["output_dir"])
+    assert sorted(path.name for path in out.iterdir() if path.name != "sample") == sorted([*case.files, *case.states])
+    for name in case.files:
+        check_weights(out / name, given, case.dtype)
+    for name in case.states:
+        assert states.read(out / name).progress["step"] > 0
+    check_previews(out / "sample", case.previews)
+    assert ("logging_dir" in given) == (case.log is not None)
+    if case.log is not None:
+        (events,) = Path(given["logging_dir"]).glob(f"{case.log}/events.*")
+        losses = scalars(read_logs(events.parents[2]), "loss/current")
+        assert list(losses) == list(range(1, int(given["max_train_steps"]) + 1))
+        assert np.isfinite(list(losses.values())).all()
+    assert said.count("--xformers cannot be used here") == (1 if "--xformers" in words else 0)
+
+
+def values_of(words: Sequence[str]) -> dict[str, str]:
+    return dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
+
+
+def check_weights(path: Path, given: Mapping[str, str], dtype: torch.dtype | None) -> None:
+    """They load, are finite numbers, and not what they were."""
+    base = Path(given["pretrained_model_name_or_path"])
+    weights = load_model(path, dtype=None).tensors() if path.is_dir() else read(path)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    formats = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    assert dtype is None or formats == {dtype}
+    if any(name.startswith("lora_") for name in weights):
+        modules = {name.partition(".")[0] for name in weights}
+        assert {f"{module}.alpha" for module in modules} <= weights.keys()
+        with_lora(load_model(base), path)
+    elif "token_string" in given:
+        rows = {tensor.shape[0] for tensor in weights.values()}
+        assert rows == {int(given["num_vectors_per_token"])}
+    else:
+        before, after = load_model(base).tensors(), load_model(path).tensors()
+        assert any(not torch.equal(before[name].to(tensor), tensor) for name, tensor in weights.items())
+        assert before.keys() == after.keys()
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    with open_weights(path) as file:
+        file.verify()
+        names = file.keys()
+        return {name: file.get(name) for name in names}
+
+
+def check_previews(folder: Path, count: int) -> None:
+    shown = sorted(folder.glob("*.png")) if count else []
+    assert len(shown) == count
+    assert folder.exists() == bool(count)
+    sizes = {Image.open(path).size for path in shown}
+    assert sizes == ({(64, 64), (64, 128)} if count else set())
