@@ -46,7 +46,7 @@ def slow_preview() -> None:
 def slow_cache() -> None:
     """The first process alone is slow."""
     prepare = launch.prepare_caches
-    launch.prepare_caches = lambda *arguments: (time.sleep(SLOW if FIRST else 0), prepare(*arguments))[1]
+    launch.prepare_caches = lambda *given, **named: (time.sleep(SLOW if FIRST else 0), prepare(*given, **named))[1]
 
 
 def killed() -> None:

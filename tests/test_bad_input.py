@@ -199,7 +199,7 @@ def test_an_output_folder_that_cannot_be_written(mistake, tmp_path):
             {"network_module": "networks.lor"},
             "--network_module: there is no module networks.lor (LoRA is networks.lora)",
         ),
-        ({"network_module": "./networks/lora.py"}, "--network_module: there is no module ./networks/lora.py"),
+        ({"network_module": "./networks/lore.py"}, "--network_module: networks/lore.py is no file"),
         ({"network_module": "library.cli"}, "--network_module library.cli is no network module"),
         ({"network_module": None}, "give --network_module one, such as networks.lora"),
         ({"network_args": ("conv_dim",)}, "--network_args: 'conv_dim' is not written as name=value"),

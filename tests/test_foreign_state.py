@@ -157,7 +157,7 @@ def test_fine_tuning_finds_the_unet_and_the_text_encoder(run, tmp_path, pictures
     unet, text = (load_file(state / name) for name in ("model.safetensors", "model_1.safetensors"))
     assert torch.equal(trained["unet.conv_in.weight"], unet["conv_in.weight"])
     name = "encoder.layers.0.mlp.fc1.weight"
-    assert torch.equal(trained[f"text_encoder.0.model.{name}"], text[f"text_model.{name}"])
+    assert torch.equal(trained[f"text_encoder.model.{name}"], text[f"text_model.{name}"])
 
 
 class OneLevelMore(nn.Module):
