@@ -6,6 +6,7 @@ model's answers go into FOLDER, under the file's stem. `load ORDER` answers for 
 """
 
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Mapping
@@ -21,12 +22,13 @@ from library.models.added_words import AddedRows, read_embedding
 from library.models.family import Family
 from library.models.registry import load_model
 from library.models.text import VOCABULARY_SIZE
+from library.models.word_folder import WORDS
 from library.training.device.precision import MIXED
 from library.training.saving import Saver
 from library.training.step import TrainingStep
 from tests.trained import with_lora
 
-CAPTIONS = ("a red circle", "sks, a big blue square")
+CAPTIONS = ("a red circle", "sks, a big blue square of zwx")
 RAW = "raw "
 """Before the stem, where the answers are those of the weights that are trained."""
 
@@ -138,13 +140,16 @@ def with_file(file: Path, order: Order) -> Family:
 
 
 def with_word(model: Family, file: Path) -> Family:
-    """The model with "sks" read as the vectors of a Textual Inversion."""
+    """The model with "sks" read as the vectors of a Textual Inversion, or the words of a folder as those of theirs."""
     widths = {
         name: encoder.clip.config.hidden_size
         for name, encoder in zip(model.embedding_names, model.text_encoders, strict=True)
     }
-    rows: Mapping[str, Tensor] = read_embedding(file, widths)
-    model.words = nn.ModuleList(map(AddedRows, rows.values()))
-    count = len(next(iter(rows.values())))
-    model.add_words({"sks": range(VOCABULARY_SIZE, VOCABULARY_SIZE + count)}, list(model.words))
+    files = json.loads((file / WORDS).read_text()) if file.is_dir() else {"sks": ""}
+    rows: Mapping[str, Mapping[str, Tensor]] = {word: read_embedding(file / own, widths) for word, own in files.items()}
+    model.words = nn.ModuleList(AddedRows(torch.cat([own[name] for own in rows.values()])) for name in widths)
+    ids, firsts = {}, itertools.count(VOCABULARY_SIZE)
+    for word, own in rows.items():
+        ids[word] = list(itertools.islice(firsts, len(next(iter(own.values())))))
+    model.add_words(ids, list(model.words))
     return model

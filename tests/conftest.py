@@ -5,6 +5,7 @@ Heavy packages are imported inside the fixtures, for the sake of the tests that 
 
 import gc
 import importlib
+import json
 import logging
 import os
 import sys
@@ -82,6 +83,16 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def metadata_file(pictures, tmp_path_factory) -> Path:
+    """--in_json for the six pictures."""
+    folder = pictures / "1_sks shape"
+    captions = {path.stem: {"caption": path.read_text(), "tags": "drawn"} for path in folder.glob("*.txt")}
+    path = tmp_path_factory.mktemp("metadata") / "captions.json"
+    path.write_text(json.dumps(captions))
+    return path
+
+
+@pytest.fixture(scope="session")
 def flags(model_file, pictures) -> Flags:
     """`flags(output_dir, **changes)`: the words of a short float32 run with seed 1 and batches of 2.
 
@@ -148,6 +159,32 @@ def train(monkeypatch, fresh_console, settled) -> Iterator[Train]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield run
     forget()
+
+
+@pytest.fixture
+def run(train, words, request, tmp_path) -> Callable[..., Path]:
+    """`run(name, **changes)` trains with the test file's SCRIPT and `words` into a folder of this name and returns the
+    file.
+    """
+
+    def start(name: str, **changes: object) -> Path:
+        train(words(tmp_path / name, **changes), script=request.module.SCRIPT)
+        return tmp_path / name / "run.safetensors"
+
+    return start
+
+
+@pytest.fixture
+def refused(run, capsys) -> Callable[..., str]:
+    """`refused(**changes)`: the sentence with which a run ends."""
+
+    def start(**changes: object) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            run("refused", **changes)
+        (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return message
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -213,6 +213,11 @@ def test_why_a_state_does_not_fit():
     model = {"settings": {"train_text_encoder": True}}
     assert what_does_not_fit(BEFORE, model, problem) == "it is of a network, not of the model itself"
     assert what_does_not_fit(model, BEFORE, problem) == "it is of the model itself, not of a network"
+    parts = {"groups": ["text_encoder"], "settings": {"learning_rate": 0.0, "learning_rate_te": 0.1}}
+    others = {"groups": ["unet"], "settings": {"learning_rate": 0.1, "learning_rate_te": 0.2}}
+    assert what_does_not_fit(parts, others, problem) == (
+        "it trains text_encoder besides and it does not train unet, --learning_rate is 0.1 and was 0.0"
+    )
     assert what_does_not_fit(BEFORE, BEFORE, problem) == what_does_not_fit({}, BEFORE, problem) == "x is missing"
 
 

@@ -15,22 +15,7 @@ from library.models.sgm_keys import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, 
 from library.models.writing import format_of, write_model
 from tests.processes import train_script
 from tests.tiny import largest_difference, make_model, stored
-
-# AdamW moves every parameter that has a gradient. With a large epsilon, steps are nearly proportional to gradients, and
-# runs that should agree can be compared.
-EVERY_PARAMETER = {"learning_rate": 1e-3, "optimizer_args": "weight_decay=0"}
-PROPORTIONAL = {"learning_rate": 0.1, "optimizer_args": ("eps=1", "weight_decay=0", "betas=0.,0."), "max_grad_norm": 0}
-ROUNDING = 1e-6
-
-
-@pytest.fixture(scope="module")
-def metadata_file(pictures, tmp_path_factory) -> Path:
-    """--in_json for the six pictures."""
-    folder = pictures / "1_sks shape"
-    captions = {path.stem: {"caption": path.read_text(), "tags": "drawn"} for path in folder.glob("*.txt")}
-    path = tmp_path_factory.mktemp("metadata") / "captions.json"
-    path.write_text(json.dumps(captions))
-    return path
+from tests.whole_models import EVERY_PARAMETER, PROPORTIONAL, ROUNDING, names, unchanged
 
 
 @pytest.fixture
@@ -53,30 +38,6 @@ def run(train, words, tmp_path):
         return tmp_path / name
 
     return start
-
-
-@pytest.fixture
-def refused(run, capsys):
-    """`refused(**changes)`: the sentence with which a run ends."""
-
-    def start(**changes: object) -> str:
-        with pytest.raises(SystemExit, match="2"):
-            run("refused", **changes)
-        (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        return message
-
-    return start
-
-
-def unchanged(base: Path, result: Path) -> set[str]:
-    """The names of the tensors that are, bit for bit, what they were."""
-    before, after = load_file(base), load_file(result)
-    assert before.keys() == after.keys()
-    return {name for name in before if torch.equal(before[name], after[name])}
-
-
-def names(file: Path, *prefixes: str) -> set[str]:
-    return {name for name in load_file(file) if name.startswith(prefixes)}
 
 
 # What is trained

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from library.models.registry import load_model
 from networks.lora import LoRANetwork, create_network
-from tests.test_fine_tune import metadata_file  # noqa: F401
 from tests.tiny import read_logs, scalars
 
 
@@ -130,7 +129,7 @@ def test_weights_that_do_not_fit_are_refused(run, network, tmp_path):
     assert "holds no weights to go on with: give another state" in run(resume=state)
 
 
-def test_fine_tuning_finds_the_unet_and_the_text_encoder(run, tmp_path, pictures, model_file, metadata_file):  # noqa: F811
+def test_fine_tuning_finds_the_unet_and_the_text_encoder(run, tmp_path, pictures, model_file, metadata_file):
     model = load_model(model_file)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -232,3 +232,14 @@ def test_two_processes_agree(fork_server, flags, tmp_path, algo):
     weights = Counter(re.findall(r"WEIGHTS <(\w+)>", ended.said))
     assert len(weights) == 4
     assert set(weights.values()) == {2}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
+def test_norms_are_trained(fork_server, flags, tmp_path):
+    """With weights beside those of the model, whose inputs need no gradients; in a process that may crash."""
+    words = {**LYCORIS, "network_args": ("algo=lora", "preset=attn-mlp", "train_norm=True"), "max_train_steps": 2}
+    ended = fork_server.run(flags(tmp_path, **words, network_train_unet_only=True))
+    assert ended.status == 0, ended.said
+    norms = {name: tensor for name, tensor in load_file(tmp_path / "run.safetensors").items() if "w_norm" in name}
+    assert any("_norm." in name for name in norms)
+    assert all(tensor.count_nonzero() for tensor in norms.values())

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.options import NetworkOptions
+from library.options import NetworkOptions, ResumeOptions, Settings
 from networks.lora import create_network, find_layers
 from tests.tiny import make_model, stored
 
@@ -151,8 +151,8 @@ def test_another_rank_or_alpha_is_refused(refused, lora, monkeypatch, changes, s
 def test_a_missing_file_is_refused_unless_a_state_replaces_it(lora):
     options = NetworkOptions("networks.lora", network_weights=str(lora.with_name("lore.safetensors")))
     with pytest.raises(UserError, match=r"--network_weights: .* is no file, did you mean .*lora\.safetensors\?"):
-        options.check((), resumes=False)
-    options.check((), resumes=True)
+        options.check(Settings({ResumeOptions: ResumeOptions()}, frozenset()))
+    options.check(Settings({ResumeOptions: ResumeOptions(resume="latest")}, frozenset()))
     with pytest.raises(UserError, match="--dim_from_weights takes ranks from a file: give --network_weights one"):
         NetworkOptions("networks.lora", dim_from_weights=True)
 

@@ -18,7 +18,7 @@ from library.options import NetworkOptions, ObjectiveOptions, OptimizerOptions
 from library.training import preservation
 from library.training.device.compilation import compile_blocks
 from library.training.methods.network import NetworkMethod
-from library.training.preservation import Preservation, check_engine
+from library.training.preservation import check_engine
 from library.training.step import TrainingStep
 from tests.pictures import dataset, subset
 from tests.test_foreign_network import MODULE
@@ -58,9 +58,8 @@ def made() -> Callable[..., tuple[TrainingStep, NetworkMethod]]:
         with torch.no_grad():
             for parameter in trained.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * strength)
-        kept = Preservation(method.without_trained, trains_text_encoder=method.trains_text_encoder())
         objective = ObjectiveOptions(timestep_distribution=timesteps) if timesteps else ObjectiveOptions()
-        step = TrainingStep(model, trained, model.noise_process(), objective, kept)
+        step = TrainingStep(model, trained, model.noise_process(), objective, method.preservation())
         return step.train(), method
 
     return make

@@ -18,6 +18,8 @@ from tests.trajectories import data_for
 LORA = {"network_module": "networks.lora", "learning_rate": 0.02, "network_alpha": 2}
 WORD = {"network_module": None, "token_string": "sks", "init_word": "circle", "learning_rate": 0.05}
 WORDS = WORD | {"num_vectors_per_token": 3}
+SEVERAL = WORD | {"token_string": "sks,zwx", "num_vectors_per_token": 2, "caption_suffix": "zwx"}
+STOPPED = {"stop_text_encoder_training": 2}
 MODEL = {"network_module": None, "learning_rate": 1e-3}
 TEXT = {"train_text_encoder": True}
 FILES = ("safetensors", "ckpt", "pt")
@@ -29,10 +31,12 @@ METHODS = {
     "lora sdxl": ("network", "sdxl_train_network", "sdxl", LORA, FILES),
     "fine_tune": ("model", "fine_tune", "sd1", MODEL | TEXT, MODELS),
     "train_db": ("model", "train_db", "sd2", MODEL, MODELS),
+    "train_db stopped": ("model", "train_db", "sd1", MODEL | STOPPED, MODELS),
     "sdxl_train": ("model", "sdxl_train", "sdxl", MODEL | TEXT, MODELS),
     "word": ("word", "train_textual_inversion", "sd1", WORD, FILES),
     "words": ("word", "train_textual_inversion", "sd1", WORDS, FILES),
     "word sdxl": ("word", "sdxl_train_textual_inversion", "sdxl", WORD, FILES),
+    "several words": ("word", "train_textual_inversion", "sd1", SEVERAL, FILES),
     "words sdxl": ("word", "sdxl_train_textual_inversion", "sdxl", WORDS, FILES),
 }
 HALF = {"mixed_precision": "bf16"}
@@ -78,8 +82,10 @@ QUICK = [
     Case("lora sdxl", "ckpt", "float", ("schedule free", "dropout")),
     Case("fine_tune", "diffusers", "fp16", ("full half", "average")),
     Case("train_db", "ckpt", "float", ("full half", "schedule free")),
+    Case("train_db stopped", "safetensors", "bf16", ("schedule free",)),
     Case("sdxl_train", "diffusers_safetensors", "bf16", ("checkpointing",)),
     Case("words", "safetensors", "fp16", ("average",)),
+    Case("several words", "safetensors", "fp16", ("average",)),
     Case("word sdxl", "pt", "float", ("schedule free",)),
 ]
 
@@ -156,7 +162,7 @@ def differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def tensors_of(path: Path) -> dict[str, Tensor]:
     """What a file holds, or all files of a folder."""
     if path.is_dir():
-        files = [file for file in path.rglob("*.*") if file.suffix in (".safetensors", ".bin")]
+        files = [file for file in path.rglob("*.*") if file.suffix in (".safetensors", ".bin", ".ckpt", ".pt")]
         return {f"{file.parent.name}/{name}": tensor for file in files for name, tensor in tensors_of(file).items()}
     if path.suffix == ".safetensors":
         return load_file(path)

@@ -15,9 +15,10 @@ from library.models.sgm_keys import SDXL_CLIP_PREFIX, SDXL_OPEN_CLIP_PREFIX, UNE
 from library.models.writing import format_of
 from library.options import SdxlFineTuneOptions
 from tests import tiny
-from tests.test_fine_tune import EVERY_PARAMETER, PROPORTIONAL, ROUNDING, metadata_file, names, unchanged  # noqa: F401
 from tests.tiny import draw_pictures, largest_difference, read_logs, scalars, stored
+from tests.whole_models import EVERY_PARAMETER, PROPORTIONAL, ROUNDING, names, unchanged
 
+SCRIPT = "sdxl_train"
 BLOCKS = 13
 """Of the tiny model: embeddings, 4 input blocks, 3 in the middle, 4 output blocks, last layers."""
 MOVED = [0, 2, 5, 12]
@@ -47,30 +48,6 @@ def words(flags, xl_file):
         return flags(folder, **own | PROPORTIONAL | changes)
 
     return make
-
-
-@pytest.fixture
-def run(train, words, tmp_path):
-    """`run(name, **changes)` trains into a folder of this name and returns the file."""
-
-    def start(name: str, **changes: object) -> Path:
-        train(words(tmp_path / name, **changes), script="sdxl_train")
-        return tmp_path / name / "run.safetensors"
-
-    return start
-
-
-@pytest.fixture
-def refused(run, capsys):
-    """`refused(**changes)`: the sentence with which a run ends."""
-
-    def start(**changes: object) -> str:
-        with pytest.raises(SystemExit, match="2"):
-            run("refused", **changes)
-        (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        return message
-
-    return start
 
 
 def blocks_of(base: Path, result: Path) -> list[int]:
@@ -108,7 +85,8 @@ def test_each_block_has_its_own_rate_and_those_with_none_stay(run, xl_file, tmp_
     result = run("a", **EVERY_PARAMETER | {"learning_rate": 5}, block_lr=RATES, logging_dir=tmp_path / "logs")
     assert blocks_of(xl_file, result) == MOVED
     assert unchanged(xl_file, result) >= names(xl_file, VAE_PREFIX, *ENCODERS)
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "--learning_rate has no effect: --block_lr" in told
     assert [f"unet_block_{block:02d}: weights changed by" in printed for block in range(BLOCKS)] == [
         block in MOVED for block in range(BLOCKS)
     ]
@@ -180,10 +158,10 @@ def test_a_state_goes_on_with_the_blocks_that_it_was_made_with(run, refused, tmp
     whole = run("whole", block_lr=middle(5), **changes)
     state = tmp_path / "whole" / "run-step00000002-state"
     assert stored(run("resumed", block_lr=middle(5), **changes, resume=state)) == stored(whole)
-    message = refused(block_lr=middle(7), resume=state)
-    assert "(it trains unet_block_05 besides and it does not train unet_block_07)" in message
-    dry = refused(block_lr=middle(7), resume=state, dry_run=True)
-    assert "(it trains unet_block_05 besides and it does not train unet_block_07)" in dry
+    why = "(it trains unet_block_05 besides and it does not train unet_block_07, --block_lr is "
+    for changes in ({}, {"dry_run": True}):
+        message = refused(block_lr=middle(7), resume=state, **changes)
+        assert f"{why}{middle(7)} and was {middle(5)})" in message
     capsys.readouterr()
     run("others", block_lr=middle(5).replace("0.1", "0.2"), resume=state)
     told = capsys.readouterr().err
@@ -235,7 +213,7 @@ def test_texts_may_be_cached_where_no_encoder_is_trained(run, refused, pictures,
 # Datasets
 
 
-def test_it_takes_folders_metadata_files_and_regularisation_images(run, pictures, metadata_file, tmp_path):  # noqa: F811
+def test_it_takes_folders_metadata_files_and_regularisation_images(run, pictures, metadata_file, tmp_path):
     folders = run("folders", max_train_steps=1)
     described = {"train_data_dir": pictures / "1_sks shape", "in_json": metadata_file, "caption_extension": None}
     assert run("metadata", **described, max_train_steps=1).is_file()

@@ -190,7 +190,15 @@ def test_words_that_are_the_beginning_of_others(learn, tmp_path, capsys):
         ({"token_string": "mychar4,MyChar4"}, "mychar4 and MyChar4 would be saved in one file, MyChar4"),
         ({"token_string": "a<b,a>b"}, "a<b and a>b would be saved in one file, a_b"),
         ({"token_string": "mychar4,\uff4dychar4"}, "are one word to the model"),
-        ({"token_string": "mychar4,nowhere9"}, "nowhere9 is in no caption as a word of its own, so nothing would"),
+        (
+            {"token_string": "mychar4,nowhere9"},
+            "nowhere9 is in no caption as a word of its own, so nothing would be learned of it: put it into the",
+        ),
+        (
+            {"token_string": "mychar4,nowhere8,nowhere9"},
+            "nowhere8, nowhere9 are in no caption as words of their own, so nothing would be learned of them: put "
+            "them into the captions",
+        ),
         ({"init_word": "red,circle,square"}, "--init_word: there are 3 for 2 words"),
         ({"init_word": "red, "}, "--init_word: there is no word in ''"),
         ({"use_style_template": True}, "--use_style_template: its sentences cannot tell which image shows which"),

@@ -95,6 +95,23 @@ def test_a_step_without_any_gradient_counts():
     assert [len(group["params"]) for group in run.optimizer.param_groups] == [2, 3]
 
 
+def test_a_part_is_stepped_in_its_own_groups_alone():
+    """Going through many groups for each of many parameters takes time. The step counts in all."""
+    run, shown = Run(SPLITTABLE["AdamWScheduleFree"]), []
+    run.optimizer.register_step_pre_hook(lambda optimizer, *_: shown.append(list(optimizer.param_groups)))
+    groups, before = run.optimizer.param_groups, [set(group) for group in run.optimizer.param_groups]
+    parts = Parts(run.optimizer, Rounding(0))
+    for step in range(2):
+        run.fill(step)
+        for parameter in run.parameters[:2]:
+            parts.take([parameter], step)
+        parts.end()
+    assert shown == [[groups[0]], [groups[0]], [groups[1]]] * 2
+    assert [group["k"] for group in groups] == [2, 2]
+    assert run.optimizer.param_groups is groups
+    assert [set(group) for group in groups] == before
+
+
 @pytest.mark.parametrize("kind", [Prodigy, DAdaptAdam, torch.optim.LBFGS, type("Own", (torch.optim.Optimizer,), {})])
 def test_what_may_look_at_all_weights_is_not_split(kind):
     assert not can_be_split(kind)

@@ -16,9 +16,10 @@ from library.training.methods.base import ParameterGroup
 from library.training.optimization import planned_rates
 from library.training.optimization.apart import by_rate
 from library.training.optimization.movement import Movement
-from tests.test_fine_tune import EVERY_PARAMETER, PROPORTIONAL, ROUNDING, metadata_file, names, unchanged  # noqa: F401
 from tests.tiny import draw_pictures, largest_difference, read_logs, scalars, stored
+from tests.whole_models import EVERY_PARAMETER, PROPORTIONAL, ROUNDING, names, unchanged
 
+SCRIPT = "train_db"
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -33,30 +34,6 @@ def words(flags):
         return flags(folder, network_module=None, **PROPORTIONAL | changes)
 
     return make
-
-
-@pytest.fixture
-def run(train, words, tmp_path):
-    """`run(name, **changes)` trains into a folder of this name and returns the file."""
-
-    def start(name: str, **changes: object) -> Path:
-        train(words(tmp_path / name, **changes), script="train_db")
-        return tmp_path / name / "run.safetensors"
-
-    return start
-
-
-@pytest.fixture
-def refused(run, capsys):
-    """`refused(**changes)`: the sentence with which a run ends."""
-
-    def start(**changes: object) -> str:
-        with pytest.raises(SystemExit, match="2"):
-            run("refused", **changes)
-        (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        return message
-
-    return start
 
 
 def text_encoder(file: Path) -> dict[str, torch.Tensor]:
@@ -121,7 +98,7 @@ def test_after_so_many_steps_the_unet_is_trained_alone(run, name, tmp_path, caps
     assert "in the first 2 steps only" in printed
 
 
-def test_it_is_not_asked_for_gradients_any_more(run, monkeypatch):
+def test_it_is_not_asked_for_gradients_any_more(run, monkeypatch, tmp_path):
     asked, forward = [], TextEncoder.forward
 
     def watched(self, *arguments):
@@ -129,8 +106,13 @@ def test_it_is_not_asked_for_gradients_any_more(run, monkeypatch):
         return forward(self, *arguments)
 
     monkeypatch.setattr(TextEncoder, "forward", watched)
-    run("a", stop_text_encoder_training=3)
+    run("a", stop_text_encoder_training=3, save_state=True)
     assert asked == [True, True, True, False]
+    asked.clear()
+    state = {"resume": tmp_path / "a" / "run-state", "max_train_steps": 5}
+    rehearsed = run("rehearsed", stop_text_encoder_training=3, **state, no_rehearsal=None)
+    assert asked == [False, False]
+    assert stored(rehearsed) == stored(run("plain", stop_text_encoder_training=3, **state))
 
 
 def test_the_end_of_the_text_encoders_training_is_nowhere_but_there(run, capsys):
@@ -143,6 +125,25 @@ def test_the_end_of_the_text_encoders_training_is_nowhere_but_there(run, capsys)
     stopped = run("stopped", stop_text_encoder_training=2, save_every_n_steps=2)
     early = run("early", max_train_steps=2)
     assert stored(stopped.with_name("run-step00000002.safetensors")) == stored(early)
+    still = {"learning_rate": 0, "learning_rate_te": 0.1}
+    assert stored(run("unet still", **still, stop_text_encoder_training=4)) == stored(run("text alone", **still))
+
+
+def test_where_it_has_no_effect_one_rate_is_found_for_all(run):
+    found = {"optimizer_type": "Prodigy", "learning_rate": 1, "optimizer_args": None, "max_train_steps": 3}
+    assert stored(run("beyond", **found, stop_text_encoder_training=3)) == stored(run("whole", **found))
+
+
+def test_a_resumed_run_finds_a_rate_of_its_own_for_what_stops_now(run, tmp_path):
+    """Whatever the state says of it."""
+    found = {"optimizer_type": "Prodigy", "learning_rate": 1, "optimizer_args": None, "save_state": True}
+    state = run("begun", **found, max_train_steps=1).with_name("run-state")
+    logs = {"max_train_steps": 7, "logging_dir": tmp_path / "logs"}
+    run("stopping", **found, **logs, stop_text_encoder_training=6, resume=state)
+    unet, text = (
+        list(scalars(read_logs(tmp_path / "logs"), f"lr/{part}").values()) for part in ("unet", "text_encoder")
+    )
+    assert unet[:5] != text[:5]
 
 
 def test_a_run_goes_on_on_either_side_of_it(run, tmp_path, capsys):
@@ -159,15 +160,16 @@ def test_a_run_goes_on_on_either_side_of_it(run, tmp_path, capsys):
     )
 
 
-def test_many_steps_after_it_nothing_is_missed():
-    """What is resumed there sees no gradient of the text encoder at all."""
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_many_steps_after_it_nothing_is_missed(left):
+    """What is resumed there, or shortly before it, sees few gradients of the text encoder or none."""
     unet, text = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([{"params": [unet]}, {"params": [text]}], lr=0.1)
     groups = [ParameterGroup("unet", [unet], 0.1), ParameterGroup("text_encoder", [text], 0.1, steps=5)]
-    number = iter(range(5, 9))
+    number = iter(range(5 - left, 9))
     movement = Movement(groups, optimizer, resumed=True, step=lambda: next(number))
-    for _ in range(4):
-        unet.grad = torch.ones(1)
+    for step in range(4):
+        unet.grad, text.grad = torch.ones(1), torch.ones(1) if step < left else None
         optimizer.step()
     assert movement.observed
     movement.check()
@@ -302,7 +304,7 @@ def test_a_state_goes_on_in_fine_tuning_if_the_same_is_trained(
     train,
     flags,
     pictures,
-    metadata_file,  # noqa: F811
+    metadata_file,
     refused,
     tmp_path,
     capsys,
@@ -311,10 +313,10 @@ def test_a_state_goes_on_in_fine_tuning_if_the_same_is_trained(
     run("db", max_train_steps=2, save_state=True)
     alone = run("alone", max_train_steps=2, save_state=True, stop_text_encoder_training=0)
     message = refused(resume=alone.with_name("run-state"))
-    assert "--stop_text_encoder_training" not in message
-    assert "is the state of something else than what these flags train (it does not train text_encoder)" in message
+    assert "is the state of something else than what these flags train (it does not train text_encoder, " in message
+    assert "text_encoder, --stop_text_encoder_training is not set and was 0)" in message
     besides = refused(resume=tmp_path / "db" / "run-state", stop_text_encoder_training=-1)
-    assert "(it trains text_encoder besides)" in besides
+    assert "(it trains text_encoder besides, --stop_text_encoder_training is -1 and was not set)" in besides
     described = {"in_json": metadata_file, "train_data_dir": pictures / "1_sks shape", "caption_extension": None}
     state = {"resume": tmp_path / "db" / "run-state", "train_text_encoder": True, "max_train_steps": 3}
     train(flags(tmp_path / "on", network_module=None, **PROPORTIONAL, **described, **state), script="fine_tune")

@@ -197,6 +197,19 @@ class Settings:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class MethodOptions:
+    """A method's own group of options, of which a training script has one."""
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether gradients may pass through a text encoder, as far as flags tell."""
+        raise NotImplementedError
+
+    def check(self, settings: Settings) -> None:
+        """UserError for files that are missing and for what contradicts other groups. Says what has no effect."""
+
+
 def parse_key_values(words: Iterable[str], flag: str) -> dict[str, str]:
     """The pairs in the values of a flag such as --network_args: `a=1 b=2`, `a=1,b=2`, or a mixture.
 

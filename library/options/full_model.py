@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.options.base import option
+from library.console import notice
+from library.options.base import MethodOptions, option
 
 _WITH_SAFETENSORS = {"ckpt": "safetensors", "pt": "safetensors", "diffusers": "diffusers_safetensors"}
 
 
 @dataclass(frozen=True)
-class FullModelOptions:
+class FullModelOptions(MethodOptions):
     """The format of a trained model. Scripts that train models have groups of their own, which add to this one."""
 
     title: ClassVar[str] = "what is trained"
@@ -24,11 +25,6 @@ class FullModelOptions:
         choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
     )
     use_safetensors: bool = option(False, "save as safetensors where --save_model_as is left out")
-
-    @property
-    def trains_text_encoder(self) -> bool:
-        """Whether a text encoder may be trained, as far as can be told without --learning_rate."""
-        raise NotImplementedError
 
     @property
     def text_encoder_steps(self) -> int | None:
@@ -51,3 +47,29 @@ class FullModelOptions:
         if self.save_model_as is not None:
             return self.save_model_as
         return _WITH_SAFETENSORS.get(base, base) if self.use_safetensors else base
+
+
+@dataclass(frozen=True)
+class OneEncoderOptions(FullModelOptions):
+    """Models with one text encoder, which may learn at a rate of its own."""
+
+    learning_rate_te: float | None = option(
+        None, "learning rate of the text encoder; --learning_rate when left out", metavar="X", minimum=0
+    )
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        return self.leaves_out_text_encoder is None and self.learning_rate_te != 0
+
+    @property
+    def leaves_out_text_encoder(self) -> str | None:
+        """Which flag is there, or is not, so that the text encoder is not trained, as in a sentence; None if it is."""
+        raise NotImplementedError
+
+    def rates(self, learning_rate: float) -> dict[str, float]:
+        rates = {"unet": learning_rate}
+        if self.leaves_out_text_encoder is None:
+            rates["text_encoder"] = learning_rate if self.learning_rate_te is None else self.learning_rate_te
+        elif self.learning_rate_te is not None:
+            notice(f"--learning_rate_te has no effect {self.leaves_out_text_encoder}")
+        return rates

@@ -8,14 +8,15 @@ from typing import ClassVar
 
 from library.console import notice
 from library.errors import UserError, suggest_path
-from library.options.base import option, parse_key_values
+from library.options.base import MethodOptions, Settings, option, parse_key_values
+from library.options.resume import ResumeOptions
 from library.suffixes import WEIGHTS_SUFFIXES
 
 _PYTHON = ".py"
 
 
 @dataclass(frozen=True)
-class NetworkOptions:
+class NetworkOptions(MethodOptions):
     """The network and its learning rates."""
 
     title: ClassVar[str] = "network"
@@ -86,10 +87,11 @@ class NetworkOptions:
         strengths = chain(self.base_weights_multiplier or (), repeat(1.0))
         return [(Path(name), strength) for name, strength in zip(self.base_weights or (), strengths, strict=False)]
 
-    def check(self, given: Collection[str], *, resumes: bool) -> None:
-        """UserError for files that are missing; one to start from is not needed by a run that `resumes`, unless the
-        network is made as it says. `given`: the flags that the user has set.
+    def check(self, settings: Settings) -> None:
+        """UserError for files that are missing; one to start from is not needed by a run that resumes, unless the
+        network is made as it says.
         """
+        resumes = bool(settings[ResumeOptions].resume)
         if names_file(self.network_module):
             _require("--network_module", Path(self.network_module), (_PYTHON,))
         if self.network_weights and (self.dim_from_weights or not resumes):
@@ -97,7 +99,7 @@ class NetworkOptions:
         for path, _ in self.base_networks:
             _require("--base_weights", path, WEIGHTS_SUFFIXES)
         for name in ("network_dim", "network_alpha"):
-            if self.dim_from_weights and name in given:
+            if self.dim_from_weights and name in settings.given:
                 notice(f"--{name} has no effect with --dim_from_weights, which takes it from the file")
 
     @property

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from library.console import notice
 from library.errors import UserError
-from library.options.base import option
+from library.options.base import Settings, option
 from library.options.full_model import FullModelOptions
 
 
@@ -42,6 +42,11 @@ class SdxlFineTuneOptions(FullModelOptions):
         if not self.block_lr:
             return None
         return tuple(_rate(text.strip(), block) for block, text in enumerate(self.block_lr.split(",")))
+
+    def check(self, settings: Settings) -> None:
+        encoders = self.train_text_encoder and None in (self.learning_rate_te1, self.learning_rate_te2)
+        if self.block_lr and "learning_rate" in settings.given and not encoders:
+            notice("--learning_rate has no effect: --block_lr has a rate for each block of the U-Net")
 
     def rates(self, learning_rate: float) -> dict[str, float]:
         rates = {"unet": learning_rate if self.block_rates is None else max(self.block_rates)}

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from library.errors import UserError, some, suggest_path
-from library.options.base import option
+from library.options.base import MethodOptions, Settings, option
+from library.options.model import ModelOptions
+from library.options.resume import ResumeOptions
 from library.suffixes import WEIGHTS_SUFFIXES
 
 _NOT_IN_A_WORD = re.compile(r"[\s()\[\]{}|\\]")
@@ -19,7 +21,7 @@ def file_stem(word: str) -> str:
 
 
 @dataclass(frozen=True)
-class TextualInversionOptions:
+class TextualInversionOptions(MethodOptions):
     """The words, their vectors, and the captions that they are learned from."""
 
     title: ClassVar[str] = "Textual Inversion"
@@ -84,10 +86,11 @@ class TextualInversionOptions:
                 "for each, by commas"
             )
 
-    def check(self, room: int, *, resumes: bool) -> None:
-        """UserError for no word, for one that does not fit into the `room` of a caption's tokens, and for a missing
-        file to start from, which a run that `resumes` does without.
+    def check(self, settings: Settings) -> None:
+        """UserError for no word, for one that does not fit into a caption's tokens, and for a missing file to start
+        from, which a run that resumes does without.
         """
+        room = settings[ModelOptions].max_token_length or 75
         if not self.token_string:
             raise UserError("no word to learn: give --token_string one that the model does not know, such as mychar4")
         if self.num_vectors_per_token > room:
@@ -95,7 +98,7 @@ class TextualInversionOptions:
                 f"--num_vectors_per_token: {self.num_vectors_per_token} vectors do not fit into the {room} tokens of a "
                 "caption: give fewer, or --max_token_length 150 or 225"
             )
-        if self.weights and not resumes:
+        if self.weights and not settings[ResumeOptions].resume:
             self.weights_files()
 
     def weights_files(self) -> list[Path]:

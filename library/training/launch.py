@@ -28,6 +28,7 @@ from library.training.device import determinism, engines
 from library.training.device.compilation import compile_blocks, settle_backend
 from library.training.device.frozen import check_8_bits, not_exchanged, round_to_8_bits
 from library.training.device.hardware import choose_attention
+from library.training.device.norms import keep_from_crashing
 from library.training.device.offload import offload_checkpoints
 from library.training.device.placement import Placement, place
 from library.training.dry_run import show_run
@@ -37,7 +38,6 @@ from library.training.motion import Motion, set_in_motion
 from library.training.outlook import Outlook, look_ahead
 from library.training.preflight import Plans
 from library.training.preparation import Caches, prepare_caches
-from library.training.preservation import Preservation
 from library.training.rehearsal import rehearse
 from library.training.report import after_training
 from library.training.requests import RunEnded
@@ -114,9 +114,9 @@ def build(run: Outlook, method: Method) -> tuple[TrainingStep, Caches, Placement
     round_to_8_bits(precision, method, model)
     seed_generators(run.seed, "first weights")
     trained = in_format(method.build(model), formats.trained)
-    preservation = Preservation(method.without_trained, trains_text_encoder=method.trains_text_encoder())
-    noise, objective = model.noise_process(), settings[ObjectiveOptions]
-    step = TrainingStep(model, trained, noise, objective, preservation, method.text_encoder_steps())
+    if accelerator.device.type == "cpu":
+        keep_from_crashing(model, trained)
+    step = TrainingStep(model, trained, model.noise_process(), settings[ObjectiveOptions], method.preservation())
     not_exchanged(step)
     if memory.gradient_checkpointing:
         model.enable_gradient_checkpointing(unet=True, text_encoders=method.trains_text_encoder())

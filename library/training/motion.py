@@ -34,11 +34,19 @@ def set_in_motion(run: Outlook, method: Method, step: TrainingStep) -> Motion:
     """Optimizer, rates and engine, as at the first step of a new run."""
     groups = method.parameter_groups()
     train_only(step, groups)
+    step.text_steps = text_steps(step, groups)
     optimizer = make_optimizer(run.settings[OptimizerOptions], groups)
     scheduler = make_scheduler(run.settings[SchedulerOptions], optimizer, run.progress.total_steps)
     root, prepared, groups = engines.prepare(run.accelerator, step, optimizer, groups)
     stepper = make_stepper(run, method, root, prepared, scheduler, groups)
     return Motion(root, groups, optimizer, scheduler, stepper)
+
+
+def text_steps(step: TrainingStep, groups: list[ParameterGroup]) -> int | None:
+    """In how many of the run's first steps weights of the text encoders are trained; None if not in the first only."""
+    own = set(step.model.text_encoders.parameters())
+    counts = {group.steps for group in groups if not own.isdisjoint(group.parameters)}
+    return None if None in counts else max(counts, default=None)
 
 
 def train_only(step: nn.Module, groups: list[ParameterGroup]) -> None:

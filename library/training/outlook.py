@@ -14,7 +14,6 @@ from library.errors import UserError
 from library.models.noise import Prediction
 from library.models.registry import ModelInfo
 from library.options.base import Settings
-from library.options.dreambooth import DreamBoothOptions
 from library.options.ema import EmaOptions
 from library.options.model import ModelOptions
 from library.options.optimizer import OptimizerOptions
@@ -107,8 +106,8 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
     )
     total_steps = training.total_steps(plan.steps_per_epoch)
     check_length(settings[SchedulerOptions], settings[OptimizerOptions], total_steps)
-    if DreamBoothOptions in settings.groups:
-        settings[DreamBoothOptions].note_unused(total_steps)
+    if method.settle_length(total_steps):
+        engines.check_stops(accelerator)
     patience = settings[ValidationOptions].stop_after_no_improvement
     progress = resume.start(settings[ResumeOptions], resumed, total_steps, plan.steps_per_epoch, patience)
     return Outlook(

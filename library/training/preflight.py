@@ -13,10 +13,9 @@ from library.errors import UserError, suggest_path
 from library.generation.prompts import PromptLine, read_prompts
 from library.models.files.hub import looks_like_hub_id
 from library.options.attention import AttentionOptions
-from library.options.base import Settings
+from library.options.base import MethodOptions, Settings
 from library.options.cache import CacheOptions
 from library.options.dataset import DatasetOptions
-from library.options.dreambooth import DreamBoothOptions
 from library.options.full_model import FullModelOptions
 from library.options.huggingface import HubOptions
 from library.options.logging import LogOptions
@@ -30,7 +29,6 @@ from library.options.preview import PreviewOptions
 from library.options.rehearsal import RehearsalOptions
 from library.options.resume import ResumeOptions
 from library.options.saving import SaveOptions
-from library.options.textual_inversion import TextualInversionOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 from library.suffixes import WEIGHTS_SUFFIXES
@@ -69,13 +67,9 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     _ = settings[MetadataOptions].described  # its picture is looked at
     check_model(settings[ModelOptions])
     check_memory(settings)
-    if DreamBoothOptions in settings.groups:
-        settings[DreamBoothOptions].check(settings[ModelOptions], settings[CacheOptions])
-    if TextualInversionOptions in settings.groups:
-        room = settings[ModelOptions].max_token_length or 75
-        settings[TextualInversionOptions].check(room, resumes=bool(resuming.resume))
-    if NetworkOptions in settings.groups:
-        settings[NetworkOptions].check(settings.given, resumes=bool(resuming.resume))
+    for group in settings.groups.values():
+        if isinstance(group, MethodOptions):
+            group.check(settings)
     datasets = load_datasets(settings[DatasetOptions], settings.given, kinds)
     check_combinations(datasets, settings[CacheOptions], trains_text_encoder)
     check_preservation(settings, datasets)

@@ -40,7 +40,9 @@ class Preservation:
     """Asks a model what it says without what is trained beside it."""
 
     def __init__(self, without_trained: Callable[[], AbstractContextManager[None]], *, trains_text_encoder: bool):
-        """`without_trained`: see `Method`."""
+        """While `without_trained` lasts, the model answers as if nothing was trained beside it, and draws nothing at
+        random.
+        """
         self.without_trained = without_trained
         self.trains_text_encoder = trains_text_encoder
 

@@ -46,7 +46,7 @@ def rehearse(run: Outlook, method: Method, step: TrainingStep, motion: Motion, d
     new. UserError if memory runs out, or a file cannot be written.
     """
     started = time.monotonic()
-    plan = run.plan.largest_batch()
+    plan = replace(run.plan.largest_batch(), step=run.progress.step)  # what has stopped by then needs no gradients
     done = ["a save"]
     # which keeps weights and steps of its own that nobody can put back
     takes_step = engines.engine(run.accelerator) != "deepspeed"

@@ -28,16 +28,14 @@ class TrainingStep(nn.Module):
         noise: NoiseProcess,
         options: ObjectiveOptions = _PLAIN,
         preservation: Preservation | None = None,
-        text_steps: int | None = None,
     ):
-        """`preservation`: for batches with samples that are to keep what the model says of them. `text_steps`: so many
-        of the run's first steps train the text encoders, if not all.
-        """
+        """`preservation`: for batches with samples that are to keep what the model says of them."""
         super().__init__()
         self.model = model
         self.trained = trained
         self.noise = noise
-        self.text_steps = text_steps
+        self.text_steps: int | None = None
+        """So many of the run's first steps train the text encoders, if not all."""
         self.objective = Objective(options, noise)
         self.preservation = preservation
         self.unusable: list[tuple[Tensor, list[int]]] = []

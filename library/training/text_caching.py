@@ -15,7 +15,6 @@ from library.models.registry import ModelInfo
 from library.models.text import TextOptions
 from library.options.base import Settings
 from library.options.cache import CacheOptions
-from library.options.dreambooth import DreamBoothOptions
 from library.options.model import ModelOptions
 from library.training import together
 from library.training.base_model import inspect_for_tool
@@ -24,12 +23,12 @@ from library.training.device.accelerator import make_accelerator
 
 def text_options(settings: Settings) -> TextOptions:
     """How captions are to be read."""
-    options, dreambooth = settings[ModelOptions], settings.groups.get(DreamBoothOptions)
+    options = settings[ModelOptions]
     return TextOptions(
         options.max_token_length or CHUNK,
         options.clip_skip,
         options.weighted_captions,
-        padded=not (dreambooth and dreambooth.no_token_padding),
+        padded=not settings.flat().get("no_token_padding"),
     )
 
 

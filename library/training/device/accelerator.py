@@ -13,7 +13,6 @@ from library import console
 from library.models.family import Family
 from library.options.base import Settings
 from library.options.distributed import DistributedOptions
-from library.options.dreambooth import DreamBoothOptions
 from library.options.logging import LogOptions
 from library.options.model import ModelOptions
 from library.options.optimizer import OptimizerOptions
@@ -40,8 +39,6 @@ def make_accelerator(
     plugins = engines.plugins(distributed, settings[OptimizerOptions].clip_norm, wanted, cpu)
     state = PartialState(cpu, **connection(distributed, platform.system(), int(os.environ.get("WORLD_SIZE", "1"))))
     mixed = settle_precision(wanted, state.device)
-    dreambooth = settings.groups.get(DreamBoothOptions)
-    stops = dreambooth is not None and dreambooth.text_encoder_steps is not None
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=mixed,
@@ -51,9 +48,9 @@ def make_accelerator(
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,  # they are constants here
-                find_unused_parameters=stops or family.leaves_layers_out(settings[ModelOptions].clip_skip),
+                find_unused_parameters=family.leaves_layers_out(settings[ModelOptions].clip_skip),
                 gradient_as_bucket_view=distributed.ddp_gradient_as_bucket_view,
-                static_graph=static_graph(distributed, settings[TrainingOptions].gradient_accumulation_steps, stops),
+                static_graph=static_graph(distributed, settings[TrainingOptions].gradient_accumulation_steps),
             )
         ],
     )
@@ -64,13 +61,8 @@ def make_accelerator(
     return accelerator, precision.choose(settings[PrecisionOptions], settings[SaveOptions], mixed)
 
 
-def static_graph(options: DistributedOptions, accumulation: int, stops: bool = False) -> bool:
-    """Whether DDP is promised a static graph; torch 2.13 fails where its first step accumulates gradients. It is none
-    where a part `stops` being trained.
-    """
-    if options.ddp_static_graph and stops:
-        console.notice("--ddp_static_graph is left out: --stop_text_encoder_training changes the graph")
-        return False
+def static_graph(options: DistributedOptions, accumulation: int) -> bool:
+    """Whether DDP is promised a static graph; torch 2.13 fails where its first step accumulates gradients."""
     if options.ddp_static_graph and accumulation > 1:
         console.notice("--ddp_static_graph is left out: torch has no use for it with --gradient_accumulation_steps")
         return False

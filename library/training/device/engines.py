@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
     DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     parse_flag_from_env,
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from library import console
 from library.errors import UserError
 from library.options.distributed import DistributedOptions
 from library.training import together
@@ -54,6 +56,15 @@ def plugins(options: DistributedOptions, clip_norm: float | None, mixed: str, cp
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return {"fsdp_plugin": _fsdp()}
     return {}
+
+
+def check_stops(accelerator: Accelerator) -> None:
+    """UserError where no part of what is trained can stop before the others."""
+    if engine(accelerator) == "deepspeed":
+        raise UserError(
+            "--stop_text_encoder_training: DeepSpeed moves all weights in every step, with or without gradients: leave "
+            "one of them out"
+        )
 
 
 def deepspeed_arguments(options: DistributedOptions, clip_norm: float | None) -> dict[str, Any]:
@@ -125,12 +136,22 @@ def prepare(
     """
     if engine(accelerator) == "fsdp":
         step.forward = accelerator.autocast()(step.forward)  # as accelerate does under the other engines
+    if any(group.steps is not None for group in groups):
+        _expect_changes(accelerator.ddp_handler)
     together.wait()  # some may have loaded and cached faster, and what follows has little patience
     root, prepared = accelerator.prepare(step, optimizer)
     if engine(accelerator) == "fsdp":
         moved = [list(group["params"]) for group in optimizer.param_groups]
         groups = [replace(group, parameters=own) for group, own in zip(groups, moved, strict=True)]
     return root, prepared, groups
+
+
+def _expect_changes(ddp: DistributedDataParallelKwargs) -> None:
+    """Have DDP look in every step for what gets no gradients."""
+    ddp.find_unused_parameters = True
+    if ddp.static_graph:
+        console.notice("--ddp_static_graph is left out: --stop_text_encoder_training changes the graph")
+        ddp.static_graph = False
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from library.models.family import Family
 from library.models.metadata import RunFacts
 from library.models.registry import ModelInfo
 from library.models.text import Tokenizer
+
+if TYPE_CHECKING:
+    from library.training.preservation import Preservation
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class Method(ABC):
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
         """What a file of it tells about itself; `settings` are the flags' effective values by name."""
 
+    def settle_length(self, steps: int) -> bool:
+        """Called with how many steps the run has, before anything is loaded. Returns whether a part stops being trained
+        before the last one.
+        """
+        return False
+
     def settle_output(self, info: ModelInfo, stem: Path, *, resumed: bool) -> None:  # noqa: B027
         """Called first of all, with the model to start from and the final `stem`, before anything is loaded; `resumed`:
         what is trained goes on as a state has it. UserError if `save` could not write there.
@@ -88,10 +97,6 @@ class Method(ABC):
         """Whether gradients pass through a text encoder."""
         return True
 
-    def text_encoder_steps(self) -> int | None:
-        """In how many of the run's first steps they do; None: in all."""
-        return None
-
     def enable_gradient_checkpointing(self) -> None:  # noqa: B027
         """Called where --gradient_checkpointing is set, after the model's own is on."""
 
@@ -110,11 +115,9 @@ class Method(ABC):
     def after_step(self, step: int) -> None:  # noqa: B027
         """Called after every optimizer step; `step` are done by then."""
 
-    def without_trained(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, the model answers as if nothing was trained beside it, and draws nothing at random. Asked
-        only of methods that train a network.
-        """
-        raise NotImplementedError
+    def preservation(self) -> "Preservation | None":
+        """What asks the model how it answers without what is trained; None where that is the model itself."""
+        return None
 
     def measured(self) -> Mapping[str, Tensor | float]:
         """What is logged of the step just done besides, by name; tensors of one value stay where they are."""

@@ -18,7 +18,6 @@ from library.models.sgm_keys import usual_keys
 from library.models.writing import FOLDERS, format_of, place_of, write_model
 from library.options.full_model import FullModelOptions
 from library.options.optimizer import OptimizerOptions
-from library.training.device.norms import keep_from_crashing
 from library.training.methods.base import Method, ParameterGroup
 
 
@@ -34,14 +33,11 @@ class FineTune(Method):
         self.rates = {part: rate for part, rate in self.asked.items() if rate}
         if not self.rates:
             raise UserError("nothing is left to train: every learning rate of the model is 0")
-        if "unet" not in self.rates and options.text_encoder_steps is not None:
-            raise UserError(
-                f"nothing is left to train after step {options.text_encoder_steps}, because the U-Net has a learning "
-                "rate of 0: drop --stop_text_encoder_training, or give a larger --learning_rate"
-            )
         for part in self.asked:
             if part not in self.rates:
                 notice(f"{part} is not trained: its learning rate is 0")
+        self.text_steps: int | None = None
+        """In how many of the run's first steps a text encoder is trained; None: in all."""
         self.kind: str
         self.model: Family
         self.trained: nn.ModuleDict
@@ -56,6 +52,21 @@ class FineTune(Method):
             raise UserError(f"{target} is a folder: choose another --output_name")
         elif any(target.exists() and target.samefile(source) for source in sources):
             raise UserError(f"{target} is read for this training and would be replaced: choose another --output_name")
+
+    def settle_length(self, steps: int) -> bool:
+        wanted = self.options.text_encoder_steps
+        if wanted is None:
+            return False
+        if wanted >= steps:
+            notice(f"--stop_text_encoder_training {wanted} has no effect: the run ends at step {steps}")
+            return False
+        if "unet" not in self.rates:
+            raise UserError(
+                f"nothing is left to train after step {wanted}, because the U-Net has a learning rate of 0: drop "
+                "--stop_text_encoder_training, or give a larger --learning_rate"
+            )
+        self.text_steps = wanted
+        return True
 
     def _check_blocks(self, info: ModelInfo) -> None:
         """UserError for rates of more or fewer blocks than the U-Net has."""
@@ -89,14 +100,12 @@ class FineTune(Method):
         self.trained = nn.ModuleDict({name: parts[name] for name in self.rates})
         model.requires_grad_(False)
         self.trained.requires_grad_(True)
-        if self.options.block_rates is not None:
-            keep_from_crashing(model.unet)
         return self.trained
 
     def parameter_groups(self) -> list[ParameterGroup]:
         groups = []
         for part, rate in self.rates.items():
-            steps = None if part == "unet" else self.options.text_encoder_steps
+            steps = None if part == "unet" else self.text_steps
             if part == "unet" and self.options.block_rates is not None:
                 groups += self._blocks(self.options.block_rates)
             else:
@@ -117,9 +126,6 @@ class FineTune(Method):
 
     def trains_text_encoder(self) -> bool:
         return any(part.startswith("text_encoder") for part in self.rates)
-
-    def text_encoder_steps(self) -> int | None:
-        return self.options.text_encoder_steps
 
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
         training = {} if settings.get("no_metadata") else training_metadata(settings, facts)

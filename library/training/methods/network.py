@@ -40,6 +40,7 @@ from library.training.methods.network_module import (
     import_network_module,
     reason,
 )
+from library.training.preservation import Preservation
 from library.training.resuming.packing import raw
 
 _NORMS = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
@@ -270,8 +271,12 @@ class NetworkMethod(Method):
         self._set_multiplier(1.0)  # each micro-batch sets its own
         yield
 
+    def preservation(self) -> Preservation:
+        return Preservation(self.without_trained, trains_text_encoder=self.trains_text_encoder())
+
     @contextlib.contextmanager
     def without_trained(self) -> Iterator[None]:
+        """While it lasts, the model answers as if the network was not there, and draws nothing at random."""
         with self.layers.as_before():
             if self.layers.restorable:
                 yield

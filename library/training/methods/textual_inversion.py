@@ -146,16 +146,18 @@ class TextualInversion(Method):
         lost = [word for word in self.options.words if not read[word]]
         if not lost:
             return
-        where, advice = "as a word of its own", "put it into the captions or class tokens"
+        are, it = ("is", "it") if len(lost) == 1 else ("are", "them")
+        where, advice = "as a word of its own", f"put {it} into the captions or class tokens"
+        if len(lost) > 1:
+            where = "as words of their own"
         if any(written[word] for word in lost):
             length = self.reading.token_length
-            where, advice = f"within the {length} tokens that are read", "put it further to the front"
+            where, advice = f"within the {length} tokens that are read", f"put {it} further to the front"
             advice += ", or use --max_token_length 225" if length < 225 else ""
         elif not self.options.several:
             advice += ", or use --use_object_template or --use_style_template"
-        are = "is" if len(lost) == 1 else "are"
         raise UserError(
-            f"--token_string: {some(lost)} {are} in no caption {where}, so nothing would be learned of it: {advice}"
+            f"--token_string: {some(lost)} {are} in no caption {where}, so nothing would be learned of {it}: {advice}"
         )
 
     def _held(self, tokenizer: Tokenizer, table: RecordTable, datasets: Sequence[DatasetConfig], index: int) -> "_Held":

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 Group = dict[str, Any]
+ALONE = "alone"
+"""Of a group: it finds a rate of its own, although others have the same."""
 
 
 @functools.cache
@@ -47,6 +49,6 @@ def _parts(groups: list[Group]) -> list[list[Group]]:
     parts: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
         if group["lr"] > 0 and any(parameter.grad is not None for parameter in group["params"]):
-            key = (group.get("alone", False), group.get("initial_lr", group["lr"]), group["lr"], group["d"])
+            key = (group.get(ALONE, False), group.get("initial_lr", group["lr"]), group["lr"], group["d"])
             parts.setdefault(key, []).append(group)
     return list(parts.values())

@@ -10,6 +10,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.training.device.engines import local
 from library.training.methods.base import ParameterGroup
+from library.training.optimization.parts import PLACE
 
 _SAMPLED = 4096  # values watched of each parameter, spread evenly
 _STEPS = 3  # a fresh LoRA's lower factor gets its first gradient in the second step
@@ -33,7 +34,8 @@ class Movement:
         self.groups = groups
         self.resumed = resumed
         self.step = step or itertools.count().__next__
-        self.last: int | None = None
+        self.last = -1  # step of which any group was seen
+        self.seen = [-1] * len(groups)  # the same of each
         self.start = [[_sample(parameter) for parameter in group.parameters] for group in groups]
         self.taken = 0
         self.steps = [0] * len(groups)  # with a learning rate above 0
@@ -42,11 +44,13 @@ class Movement:
 
     def _observe(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         step = self.step()
-        begins, self.last = step != self.last, step
-        self.taken += begins
-        for i, (group, own) in enumerate(zip(optimizer.param_groups, self.groups, strict=True)):
-            if group["lr"] > 0 and own.trained_in(step):
-                self.steps[i] += begins
+        self.taken += step != self.last
+        self.last = step
+        for i, group in enumerate(optimizer.param_groups):
+            i = group.get(PLACE, i)
+            if group["lr"] > 0 and self.groups[i].trained_in(step):
+                self.steps[i] += step != self.seen[i]
+                self.seen[i] = step
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         gradient = local(parameter.grad)
@@ -55,8 +59,9 @@ class Movement:
 
     @property
     def observed(self) -> bool:
-        """Whether every group that is to move has had the steps it takes to judge it."""
-        steps = min((count for count in self.steps if count), default=0)
+        """Whether every group that is to move has had the steps it takes to judge it, or can have no more."""
+        counts = zip(self.groups, self.steps, strict=True)
+        steps = min((n for group, n in counts if n >= _STEPS or (n and group.trained_in(self.last))), default=0)
         return steps >= _STEPS and (steps >= _PATIENCE or any(float(largest) != 0 for largest in self.largest))
 
     def check(self) -> None:

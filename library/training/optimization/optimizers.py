@@ -12,7 +12,7 @@ from library.console import notice, quiet_dependencies, warn
 from library.errors import UserError
 from library.options.optimizer import OPTIMIZERS, TORCH_OPTIMIZERS, OptimizerOptions
 from library.training.methods.base import ParameterGroup
-from library.training.optimization.apart import by_rate
+from library.training.optimization.apart import ALONE, by_rate
 from library.training.optimization.arguments import literal, literal_keywords, takes
 from library.training.optimization.classes import import_class, reason
 from library.training.resuming.packing import pack
@@ -103,7 +103,7 @@ def _make(options: OptimizerOptions, groups: list[ParameterGroup]) -> torch.opti
     own = [{"params": group.parameters, "lr": group.learning_rate} for group in groups]
     for group, asked in zip(own, groups, strict=True):
         if asked.steps is not None and options.source.adapts_rate:
-            group["alone"] = True
+            group[ALONE] = True
     if keywords.get("relative_step"):
         for group in own:
             if group["lr"] == 0:
@@ -278,7 +278,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
                     f"{list(parameter.shape)}"
                 )
     before = {parameter: optimizer.state.get(parameter, {}) for parameter in parameters}
+    alone = [group.get(ALONE, False) for group in groups]
     optimizer.load_state_dict(dict(state))
+    for group, is_alone in zip(optimizer.param_groups, alone, strict=True):
+        group.pop(ALONE, None)
+        group |= {ALONE: True} if is_alone else {}  # by the flags of this run, not by those of the state's
     for parameter, entry in zip(parameters, entries.values(), strict=True):
         if entry:
             _put_types_back(optimizer.state[parameter], entry)

@@ -11,6 +11,8 @@ from library.training.optimization.rounding import Rounding
 
 HALF = (torch.bfloat16, torch.float16)
 _VALUES = 2**24  # brought to float32 at a time: with gradients and what the optimizer computes, about 0.25 GB
+PLACE = "place"
+"""Tells hooks of a step in parts which of the optimizer's groups one is; groups have it as long as it lasts."""
 _SPLITTABLE = ("torch.optim", "bitsandbytes", "schedulefree", "lion_pytorch", "transformers.optimization")
 
 
@@ -36,16 +38,18 @@ class Parts:
         groups = [group["params"] for group in optimizer.param_groups]
         self.group_of = {parameter: place for place, group in enumerate(groups) for parameter in group}
         self.numbers = {parameter: number for number, parameter in enumerate(self.group_of)}
-        self.before: list[dict[str, Any]] | None = None
+        self.can_be_split = can_be_split(type(optimizer))
+        self.before: dict[int, dict[str, Any]] = {}  # what groups that have taken part in this step were before it
 
     def divided(self) -> list[list[nn.Parameter]]:
         """All parameters, in parts that leave memory for the rest; one part if the optimizer cannot be split."""
-        limit = _VALUES if can_be_split(type(self.optimizer)) else None
-        return divide(list(self.group_of), limit)
+        return divide(list(self.group_of), _VALUES if self.can_be_split else None)
 
     def take(self, parameters: Sequence[nn.Parameter], step: int, factor: Tensor | None = None) -> None:
         """Step those that have gradients, times `factor` (a scalar), and free these."""
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        if not parameters:
+            return
         with self.alone(parameters, factor) as seen:
             self.optimizer.step()
         for parameter, stand_in in seen.items():
@@ -54,10 +58,16 @@ class Parts:
             parameter.grad = None
 
     def end(self) -> None:
-        """To be called after a step's last part."""
-        if self.before is None:  # no parameter had a gradient, but the step counts
-            self.take([], 0)
-        self.before = None
+        """To be called after a step's last part: it counts for groups without gradients, too."""
+        self.complete(self.optimizer.step)
+
+    def complete(self, change: Callable[[], Any]) -> None:
+        """Let the optimizer do with groups that were in no part what it did with those that were."""
+        left = [place for place in range(len(self.optimizer.param_groups)) if place not in self.before]
+        if left:
+            with self._showing(left):
+                change()
+        self.before.clear()
 
     @contextlib.contextmanager
     def alone(
@@ -67,24 +77,40 @@ class Parts:
         gradient, times `factor`.
         """
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        if self.before is None:
-            self.before = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         seen = {parameter: _in_float32(parameter, factor) for parameter in parameters}
-        own = [group["params"] for group in groups]
-        for group, before in zip(groups, self.before, strict=True):
-            group.update(before, params=[])
-        for parameter, stand_in in seen.items():
-            groups[self.group_of[parameter]]["params"].append(stand_in)
-            if parameter in state:
-                state[stand_in] = state.pop(parameter)
-        try:
-            yield seen
-        finally:
-            for group, params in zip(groups, own, strict=True):
-                group["params"] = params
+        places = {self.group_of[parameter] for parameter in parameters} if self.can_be_split else range(len(groups))
+        with self._showing(sorted(places)):
             for parameter, stand_in in seen.items():
-                if stand_in in state:
-                    state[parameter] = state.pop(stand_in)
+                groups[self.group_of[parameter]]["params"].append(stand_in)
+                if parameter in state:
+                    state[stand_in] = state.pop(parameter)
+            try:
+                yield seen
+            finally:
+                for parameter, stand_in in seen.items():
+                    if stand_in in state:
+                        state[parameter] = state.pop(stand_in)
+
+    @contextlib.contextmanager
+    def _showing(self, places: Sequence[int]) -> Iterator[None]:
+        """While it lasts, the optimizer has these of its groups alone, as they were before the step, with nothing in
+        them.
+        """
+        groups = self.optimizer.param_groups
+        shown = [groups[place] for place in places]
+        own = [group["params"] for group in shown]
+        for place, group in zip(places, shown, strict=True):
+            if place not in self.before:
+                self.before[place] = {name: value for name, value in group.items() if name != "params"}
+            group.update(self.before[place], params=[], **{PLACE: place})
+        self.optimizer.param_groups = shown
+        try:
+            yield
+        finally:
+            self.optimizer.param_groups = groups
+            for group, params in zip(shown, own, strict=True):
+                group["params"] = params
+                del group[PLACE]
 
 
 def in_float32(optimizer: torch.optim.Optimizer, change: Callable[[], Any]) -> None:
@@ -98,6 +124,7 @@ def in_float32(optimizer: torch.optim.Optimizer, change: Callable[[], Any]) -> N
             change()
             for parameter, stand_in in seen.items():
                 parameter.copy_(stand_in)
+    parts.complete(change)
 
 
 def divide(parameters: Sequence[nn.Parameter], limit: float | None) -> list[list[nn.Parameter]]:

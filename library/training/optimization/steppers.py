@@ -9,7 +9,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import UserError
 from library.options.base import Settings
-from library.options.dreambooth import DreamBoothOptions
 from library.options.memory import MemoryOptions
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
@@ -37,12 +36,6 @@ def check_stepper(settings: Settings, accelerator: Accelerator) -> None:
     if engines.spreads(accelerator) and spread:
         flag, why = next(iter(spread.items()))
         raise UserError(f"{flag} {why}, which FSDP and DeepSpeed keep to themselves: leave one of them out")
-    dreambooth = settings.groups.get(DreamBoothOptions)
-    if dreambooth and dreambooth.text_encoder_steps and engines.engine(accelerator) == "deepspeed":
-        raise UserError(
-            "--stop_text_encoder_training: DeepSpeed moves all weights in every step, with or without gradients: leave "
-            "one of them out"
-        )
     kind = import_optimizer(settings[OptimizerOptions])
     if network and network.scale_weight_norms and hasattr(kind, "train"):
         raise UserError(

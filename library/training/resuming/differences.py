@@ -96,6 +96,16 @@ _NOT_COMPARED = {
     "lowram",
     "highvram",
 }
+# Options that decide which parts of a model are trained.
+_PARTS = (
+    "train_text_encoder",
+    "stop_text_encoder_training",
+    "learning_rate",
+    "learning_rate_te",
+    "learning_rate_te1",
+    "learning_rate_te2",
+    "block_lr",
+)
 _OTHER_IMAGES = "so the images of each step are others from here on"
 _OTHER_CURVE = "so the learning rate follows the new curve from here on"
 _ROUNDINGS = "so it computes with other roundings from here on"
@@ -294,10 +304,13 @@ def what_does_not_fit(before: Mapping[str, Any], now: Mapping[str, Any], problem
     if before and kinds[0] != kinds[1]:
         return f"it is of {kinds[0]}, not of {kinds[1]}"
     own = {option.name for group in (NetworkOptions, TextualInversionOptions) for option in options_of(group)}
-    differing = sorted(_changed_settings(before, now) & own)
+    differing = [_difference(name, before, now) for name in sorted(_changed_settings(before, now) & own)]
     if differing:
-        return ", ".join(_difference(name, before, now) for name in differing)
-    return other_groups(before, now) or str(problem)
+        return ", ".join(differing)
+    parts = other_groups(before, now)
+    if not parts:
+        return str(problem)
+    return ", ".join([parts, *(_difference(name, before, now) for name in _PARTS if _decides(name, before, now))])
 
 
 def other_groups(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -324,7 +337,19 @@ def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[
     old, new = before.get("settings", {}), now["settings"]
     unclipped = set() if new.get("max_grad_norm") else {"fused_backward_pass", "fused_optimizer_groups"}
     compared = (old.keys() & new.keys()) - _NOT_COMPARED - unclipped
-    return {name for name in compared if public_value(old[name]) != new[name]}
+    return {name for name in compared if _differs(name, before, now)}
+
+
+def _differs(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an option that both know has another value."""
+    old, new = before.get("settings", {}), now["settings"]
+    return name in old and name in new and public_value(old[name]) != new[name]
+
+
+def _decides(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether other parts are trained because of this option, for all that is known. Of single rates, 0 alone does."""
+    values = [facts.get("settings", {}).get(name) for facts in (before, now)]
+    return _differs(name, before, now) and (0 in values or not name.startswith("learning_rate"))
 
 
 def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
