@@ -33,8 +33,8 @@ NETWORKS: dict[str, dict[str, object]] = {
 
 
 def parts(model: Family) -> tuple[nn.Module | list[nn.Module], nn.Module]:
-    encoders, unet = model.attach_points()
-    return encoders[0] if len(encoders) == 1 else encoders, unet
+    points = model.attach_points()
+    return points.text_encoder, points.unet
 
 
 def attach(model: Family, module: str = LORA, seed: int = 1, **arguments: object) -> nn.Module:
@@ -161,7 +161,8 @@ def run(train, flags, tmp_path):
 
 
 def test_a_run_is_that_upon_the_merged_model_and_saves_the_new_network_alone(run, tmp_path, model_file, capsys):
-    base = write(tmp_path / "secret" / "base.safetensors") if (tmp_path / "secret").mkdir() is None else None
+    (tmp_path / "secret").mkdir()
+    base = write(tmp_path / "secret" / "base.safetensors")
     whole = make_model()
     importlib.import_module(LORA).LoRANetwork((), 0.5).merge_to(*parts(whole), load_file(base))
     whole.save(tmp_path / "whole.safetensors")

@@ -1,14 +1,23 @@
 """A network module of somebody else, which has the required interface and nothing more, in a training run."""
 
 import importlib
+import json
 import logging
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.tiny import stored
+from library.data.config_values import PRESERVES
+from library.errors import UserError
+from library.models.float8 import store_in_8_bits
+from library.options import NetworkOptions, OptimizerOptions
+from library.training.methods.network import NetworkMethod
+from tests.tiny import make_model, stored
 
 MODULE = '''
 """Learns a factor for the output of every query projection. Says what is done to it in `said`."""
@@ -222,3 +231,172 @@ def test_it_is_shown_all_flags(train, flags, tmp_path, somebodys, monkeypatch):
     train(flags(tmp_path, network_module="somebodys.factors", network_args=("kind=full",), max_train_steps=1))
     (args,) = shown
     assert (args.network_args, args.learning_rate, args.output_dir) == (["kind=full"], 0.01, str(tmp_path))
+
+
+HOOKS = (
+    "create_network",
+    "prepare_network",
+    "apply_to",
+    "prepare_grad_etc",
+    "prepare_optimizer_params",
+    "prepare_optimizer_params_with_multiple_te_lrs",
+    "enable_gradient_checkpointing",
+    "on_epoch_start",
+    "set_multiplier",
+    "on_step_start",
+    "update_grad_norms",
+    "apply_max_norm_regularization",
+    "save_weights",
+)
+ALWAYS_THERE = ("apply_to", "prepare_grad_etc", "prepare_optimizer_params", "on_epoch_start", "save_weights")
+
+
+def go_through(method: NetworkMethod, folder: Path) -> None:
+    """All that a run asks of a network."""
+    method.build(make_model())
+    method.parameter_groups()
+    method.enable_gradient_checkpointing()
+    method.on_micro_step(SimpleNamespace(plan=SimpleNamespace(epoch=1), network_multiplier=0.5))
+    method.before_step()
+    method.after_step(1)
+    method.save(folder / "run", torch.float32, {})
+
+
+def method_of(module: str = "somebodys.factors", **changes: object) -> NetworkMethod:
+    return NetworkMethod(NetworkOptions(network_module=module, **changes), OptimizerOptions())
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_whatever_fails_in_it_is_one_sentence_that_names_it(somebodys, monkeypatch, tmp_path, hook):
+    """Also an error that looks as if values of a model were missing."""
+
+    def fail(*positional, **named):
+        raise RuntimeError("the metadata is\nodd")
+
+    monkeypatch.setattr(somebodys.Factors, "set_multiplier", lambda self, value: None, raising=False)
+    monkeypatch.setattr(somebodys if hook == "create_network" else somebodys.Factors, hook, fail, raising=False)
+    with pytest.raises(UserError, match=f"{hook} of somebodys.factors fails: the metadata is odd$"):
+        go_through(method_of(scale_weight_norms=1.0 if "norm_reg" in hook else None), tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("hook", ALWAYS_THERE)
+def test_what_it_lacks_is_named(somebodys, monkeypatch, tmp_path, hook):
+    monkeypatch.setattr(somebodys.Factors, "set_multiplier", lambda self, value: None, raising=False)
+    monkeypatch.delattr(somebodys.Factors, hook)
+    with pytest.raises(UserError, match=f"{hook} of somebodys.factors fails: 'Factors' object has no attribute"):
+        go_through(method_of(), tmp_path / "out")
+
+
+def test_groups_may_lack_names_and_rates_and_what_has_no_effect_is_said(somebodys, monkeypatch):
+    said = []
+    monkeypatch.setattr("library.training.methods.network_groups.warn", said.append)
+
+    def groups(self, text_encoder_lr, unet_lr, default_lr):
+        te, *unet = self.factors.values()
+        return [{"params": iter([te]), "lr": None, "weight_decay": 0.1}, {"params": unet, "lr": "0.5"}], ["one"]
+
+    monkeypatch.setattr(somebodys.Factors, "prepare_optimizer_params", groups)
+    method = method_of()
+    method.build(make_model())
+    found = [(group.name, len(group.parameters), group.learning_rate) for group in method.parameter_groups()]
+    assert found == [("group0", 1, method.default_rate), ("group1", len(method.network.factors) - 1, 0.5)]
+    (sentence,) = said
+    assert "prepare_optimizer_params of somebodys.factors gives weight_decay with its parameters" in sentence
+    for answer in (None, [somebodys.Factors({})], [{"lr": 1.0}]):
+        monkeypatch.setattr(somebodys.Factors, "prepare_optimizer_params", lambda self, *rates, answer=answer: answer)
+        with pytest.raises(UserError, match=r"prepare_optimizer_params of somebodys\.factors fails: "):
+            method.parameter_groups()
+
+
+@pytest.mark.parametrize(
+    ("own", "key"), [({"network_multiplier": 0.5}, "network_multiplier"), ({}, "subsets[0].custom_attributes")]
+)
+def test_datasets_that_ask_for_another_strength_are_refused_before_training(
+    train, flags, pictures, tmp_path, somebodys, monkeypatch, capsys, own, key
+):
+    def take_the_weights(self, *places):
+        for layer in self.layers.values():
+            weight = layer.weight
+            del layer.weight
+            layer.forward = lambda x, weight=weight: x @ weight.T
+
+    monkeypatch.setattr(somebodys.Factors, "apply_to", take_the_weights)
+    subset = {"image_dir": str(pictures / "1_sks shape"), "caption_extension": ".txt"}
+    subset["custom_attributes"] = {PRESERVES: not own}
+    (tmp_path / "data.json").write_text(
+        json.dumps({"datasets": [{"resolution": 32, "batch_size": 1, **own, "subsets": [subset]}]})
+    )
+    common = {"train_data_dir": None, "caption_extension": None, "train_batch_size": None, "dry_run": True}
+    words = flags(tmp_path / "out", network_module="somebodys.factors", dataset_config=tmp_path / "data.json", **common)
+    with pytest.raises(SystemExit, match="2"):
+        train(words)
+    assert f"data.json: datasets[0].{key}: networks of somebodys.factors " in capsys.readouterr().err
+
+
+def test_a_run_whose_network_cannot_write_its_file_keeps_its_state(
+    train, flags, tmp_path, somebodys, monkeypatch, capsys
+):
+    words = flags(tmp_path / "out", network_module="somebodys.factors", save_every_n_steps=1)
+    save = somebodys.Factors.save_weights
+
+    def fail(self, *arguments):
+        raise ValueError("no colour left")
+
+    def overflow(self, file, dtype, metadata):
+        with torch.no_grad():
+            next(self.parameters()).fill_(1e30)
+        save(self, file, torch.float16, metadata)
+
+    sentence = "save_weights of somebodys.factors fails: "
+    for change, problem in ((fail, "no colour left"), (overflow, "what it writes as float is not finite (1 of ")):
+        monkeypatch.setattr(somebodys.Factors, "save_weights", change)
+        with pytest.raises(SystemExit, match="2"):
+            train([*words, "--save_precision=float"])
+        said = capsys.readouterr().err
+        assert f"warning: --network_module: {sentence}{problem}".replace("float is", "float32 is") in said
+        assert "; --resume latest tries it again" in said.splitlines()[-1]
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["run-step00000004-state"]
+    monkeypatch.setattr(somebodys.Factors, "save_weights", save)
+    train([*words, "--resume=latest"])
+    assert (tmp_path / "out" / "run.safetensors").is_file()
+
+
+def test_weights_of_8_bits_are_blamed_for_their_own_errors_alone(somebodys, monkeypatch, tmp_path):
+    def fail(*positional, **named):
+        raise RuntimeError(said)
+
+    def sentence(model):
+        with pytest.raises(UserError) as raised:
+            method_of(network_weights=str(file), dim_from_weights=True).build(model)
+        return str(raised.value)
+
+    (tmp_path / "float8").mkdir()
+    file = tmp_path / "float8" / "old.pt"
+    torch.save({"x": torch.ones(1)}, file)
+    monkeypatch.setattr(somebodys, "create_network_from_weights", fail, raising=False)
+    rounded = make_model()
+    store_in_8_bits(rounded.unet)
+    said = "no addition for Float8_e4m3fn"
+    assert sentence(rounded).startswith("--fp8_base: this network of somebodys.factors computes with")
+    assert sentence(make_model()).endswith("no addition for Float8_e4m3fn")
+    said = "odd"
+    assert sentence(rounded).endswith("float8/old.pt: create_network_from_weights of somebodys.factors fails: odd")
+
+
+@pytest.mark.parametrize("words", [{"network_module": "lycoris.kohya"}, {"base_weights": "loha.safetensors"}])
+def test_what_to_install_for_lycoris_is_said(train, flags, tmp_path, monkeypatch, capsys, words):
+    if "base_weights" in words:
+        words = {"base_weights": tmp_path / "loha.safetensors"}
+        save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, words["base_weights"])
+
+    def find(name, *others):
+        if name == "lycoris":
+            raise ModuleNotFoundError("No module named 'lycoris'", name=name)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lycoris"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find), *sys.meta_path])
+    with pytest.raises(SystemExit, match="2"):
+        train(flags(tmp_path / "out", **words))
+    assert "lycoris.kohya needs the package lycoris: pip install lycoris-lora" in capsys.readouterr().err

@@ -101,8 +101,13 @@ def test_values_are_written_as_others_write_them():
     assert {name: metadata[name] for name in expected} == expected
 
 
-def test_no_path_is_written():
-    assert not [name for name, value in network_metadata(SETTINGS, RUN).items() if "somebody" in value]
+def test_no_path_is_written(tmp_path):
+    (tmp_path / "somebody").mkdir()
+    preset = tmp_path / "somebody" / "preset.toml"
+    preset.touch()
+    metadata = network_metadata(SETTINGS | {"network_args": {"preset": str(preset), "algo": "lokr"}}, RUN)
+    assert not [name for name, value in metadata.items() if "somebody" in value]
+    assert metadata["ss_network_args"] == '{"preset": "preset.toml", "algo": "lokr"}'
 
 
 def test_several_datasets_are_listed():
@@ -159,31 +164,33 @@ def test_descriptions_come_from_their_flags():
 def test_a_thumbnail_is_a_data_url(tmp_path, kind, start):
     path = tmp_path / "cover.JPG"
     Image.new("RGB", (8, 8), "red").save(path, kind)
-    described = MetadataOptions(metadata_thumbnail=str(path)).described
+    described = MetadataOptions(metadata_thumbnail=str(path)).described()
     url = modelspec(SETTINGS | described, RUN)["modelspec.thumbnail"]
     media, _, content = url.partition(",")
     assert media == f"data:image/{kind};base64"
     assert base64.b64decode(content, validate=True) == path.read_bytes()
     assert path.read_bytes().startswith(start)
-    assert MetadataOptions(metadata_thumbnail=url).described == described
+    assert MetadataOptions(metadata_thumbnail=url).described() == described
 
 
 def test_a_picture_that_cannot_be_a_thumbnail_is_refused(tmp_path):
     (tmp_path / "cover.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(2 << 20))
     (tmp_path / "cover.txt").write_text("red")
+    (tmp_path / "sound.webp").write_bytes(b"RIFF\x24\0\0\0WAVEfmt ")
     for name, sentence in (
         ("cover.pgn", r"there is no picture .*cover.pgn, did you mean .*cover.png\?"),
         ("cover.png", r"has 2.0 MB, .* 256x256 pixels will do"),
         ("cover.txt", "is no JPEG, PNG, GIF or WebP picture"),
+        ("sound.webp", "is no JPEG, PNG, GIF or WebP picture"),
         (".", "there is no picture"),
     ):
         with pytest.raises(UserError, match=f"^--metadata_thumbnail: .*{sentence}"):
-            _ = MetadataOptions(metadata_thumbnail=str(tmp_path / name)).described
+            MetadataOptions(metadata_thumbnail=str(tmp_path / name)).described()
 
 
 @pytest.mark.parametrize(("text", "told"), [("True", "true"), ("yes", "true"), ("0", "false")])
 def test_negative_embeddings_are_told_by_true_and_false(text, told):
-    described = MetadataOptions(metadata_is_negative_embedding=text).described
+    described = MetadataOptions(metadata_is_negative_embedding=text).described()
     assert modelspec(SETTINGS | described, RUN)["modelspec.is_negative_embedding"] == told
     with pytest.raises(UserError, match="'negative' is neither true nor false"):
         MetadataOptions(metadata_is_negative_embedding="negative")

@@ -1,15 +1,18 @@
 """--network_weights: runs that go on from a network's file, and what does not fit."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from library.errors import UserError
 from library.options import NetworkOptions, ResumeOptions, Settings
+from library.training.methods.network_weights import check_fit, read_network
 from networks.lora import create_network, find_layers
 from tests.tiny import make_model, stored
 
@@ -25,8 +28,7 @@ def lora(tmp_path_factory) -> Path:
 
 def write_lora(path: Path, family: str, rank: int = 3, alpha: float = 2) -> Path:
     points = make_model(family).attach_points()
-    encoders = points.text_encoders
-    network = create_network(1.0, rank, alpha, None, encoders if len(encoders) > 1 else encoders[0], points.unet)
+    network = create_network(1.0, rank, alpha, None, points.text_encoder, points.unet)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         for parameter in network.parameters():
@@ -125,27 +127,100 @@ def test_names_of_diffusers_are_read_for_sdxl(train, flags, model_files, tmp_pat
     assert_close(tmp_path / "out" / "run.safetensors", load_file(source))
 
 
-def test_a_state_wins_over_the_file(train, flags, tmp_path, lora):
+def test_the_alpha_of_the_file_is_used_and_a_state_knows_it(train, flags, tmp_path, lora, capsys):
     source = tmp_path / "source.safetensors"
     source.write_bytes(lora.read_bytes())
-    changes = {"network_weights": source, "network_dim": 3, "network_alpha": 2, "save_state": True}
-    changes["save_every_n_steps"] = 2
-    train(flags(tmp_path / "whole", **changes))
+    changes = {"network_weights": source, "network_dim": 3}
+    train(flags(tmp_path / "still", **changes, **STILL))
+    assert_close(tmp_path / "still" / "run.safetensors", load_file(lora))
+    assert capsys.readouterr().err.count("warning: --network_weights: the file's alpha 2 is used, not 1\n") == 1
+    with safe_open(tmp_path / "still" / "run.safetensors", "pt") as opened:
+        assert opened.metadata()["ss_network_alpha"] == "2.0"
+
+
+def test_a_state_wins_over_the_file_and_knows_its_alpha(train, flags, tmp_path, lora, capsys):
+    """Also in the run after the next, of which no file was ever heard."""
+    source = tmp_path / "source.safetensors"
+    source.write_bytes(lora.read_bytes())
+    words = {"network_dim": 3, "save_state": True, "save_every_n_steps": 2}
+    train(flags(tmp_path / "whole", **words, network_weights=source, max_train_steps=6))
     source.unlink()
-    train(flags(tmp_path / "broken", **changes, resume=tmp_path / "whole" / "run-step00000002-state"))
-    assert stored(tmp_path / "broken" / "run.safetensors") == stored(tmp_path / "whole" / "run.safetensors")
+    capsys.readouterr()
+    first = {"resume": tmp_path / "whole" / "run-step00000002-state", "max_train_steps": 4}
+    train(flags(tmp_path / "broken", **words, **first, network_weights=source))
+    then = {"resume": tmp_path / "broken" / "run-step00000004-state", "max_train_steps": 6}
+    train(flags(tmp_path / "again", **words, **then))
+    assert "network_alpha" not in capsys.readouterr().err
+    assert stored(tmp_path / "again" / "run.safetensors") == stored(tmp_path / "whole" / "run.safetensors")
+
+
+def test_several_alphas_and_another_rank_are_refused(refused, lora, tmp_path, monkeypatch):
+    monkeypatch.setattr("library.training.launch.build", None)  # before the model is read
+    sentence = (
+        "--network_weights: .*lora.safetensors has rank 3 for lora_te_.*, not 4: give --network_dim 3 or --dim_fr"
+    )
+    assert re.search(sentence, refused(network_weights=lora))
+
+    def two_alphas(tensors):
+        first = min(name for name in tensors if name.endswith(".alpha"))
+        return tensors | {first: torch.tensor(5.0)}
+
+    mixed = changed(lora, tmp_path / "mixed.safetensors", two_alphas)
+    sentence = "--network_weights: .*mixed.safetensors has alpha 5 for lora_te_.*, not 1: give --dim_from_weights$"
+    assert re.search(sentence, refused(network_weights=mixed, network_dim=3))
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({}, "has rank 3 for lora_te_.*, not 4: give --network_dim 3 or --dim_from_weights"),
-        ({"network_dim": 3}, "has alpha 2 for lora_te_.*, not 1: give --network_alpha 2 or --dim_from_weights"),
-    ],
+    "changes",
+    [{"network_dim": 3}, {"dim_from_weights": True, "network_module": "lycoris.kohya"}],
+    ids=["ours", "lycoris"],
 )
-def test_another_rank_or_alpha_is_refused(refused, lora, monkeypatch, changes, sentence):
-    monkeypatch.setattr("library.training.launch.build", None)  # before the model is read
-    assert re.search(f"--network_weights: .*lora.safetensors {sentence}", refused(network_weights=lora, **changes))
+def test_without_an_alpha_it_is_the_rank(train, flags, tmp_path, lora, changes):
+    old = changed(lora, tmp_path / "old.safetensors", lambda t: {n: x for n, x in t.items() if "alpha" not in n})
+    train(flags(tmp_path / "out", network_weights=old, **changes, **STILL))
+    weights = load_file(old)
+    alphas = {n.replace("lora_down.weight", "alpha"): torch.tensor(3.0) for n in weights if "lora_down" in n}
+    assert_close(tmp_path / "out" / "run.safetensors", weights | alphas)
+
+
+def test_networks_that_know_no_alpha_need_none(lora):
+    own = nn.Module()
+    for name, tensor in read_network(lora).items():
+        module, _, part = name.partition(".")
+        if part != "alpha":
+            own.add_module(module, inner := getattr(own, module, nn.Module()))
+            inner.add_module(part.partition(".")[0], layer := nn.Module())
+            layer.weight = nn.Parameter(tensor)
+    tensors = read_network(lora)
+    for name in tensors:
+        if name.endswith("alpha"):
+            tensors[name] = torch.tensor(3.0)  # the rank
+    check_fit(own, "somebodys.network", lora, tensors, made_from_it=False)
+    with pytest.raises(UserError, match="is of another kind of network"):
+        check_fit(own, "somebodys.network", lora, read_network(lora), made_from_it=False)
+
+
+def test_other_formats_are_read(train, flags, tmp_path, lora):
+    words = {"network_dim": 3, "network_alpha": 2, **STILL}
+    train(flags(tmp_path / "first", network_weights=lora, save_model_as="pt", **words))
+    train(flags(tmp_path / "next", network_weights=tmp_path / "first" / "run.pt", **words))
+    assert_close(tmp_path / "next" / "run.safetensors", load_file(lora))
+
+
+def test_one_part_of_a_whole_network_goes_on(train, flags, tmp_path, lora, capsys):
+    words = {"network_weights": lora, "network_dim": 3, "network_alpha": 2}
+    train(flags(tmp_path, **words, network_train_unet_only=True, **STILL))
+    assert re.search(r"6 of the \d+ modules in .*lora.safetensors are not of this network", capsys.readouterr().err)
+    assert_close(tmp_path / "run.safetensors", {n: x for n, x in load_file(lora).items() if n.startswith("lora_unet")})
+
+
+def test_two_processes_begin_with_the_same(fork_server, flags, tmp_path, lora):
+    words = {"network_weights": lora, "network_dim": 3, "train_batch_size": 1, **STILL, "save_every_n_steps": 1}
+    ended = fork_server.run(flags(tmp_path, **words), processes=2, how=("telling",))
+    assert ended.status == 0, ended.said
+    weights = Counter(re.findall(r"WEIGHTS <(\w+)>", ended.said))
+    assert set(weights.values()) == {2}
+    assert_close(tmp_path / "run.safetensors", load_file(lora))
 
 
 def test_a_missing_file_is_refused_unless_a_state_replaces_it(lora):

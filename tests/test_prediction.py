@@ -145,7 +145,7 @@ def test_a_model_that_is_trained_on_otherwise_leaves_its_marker(tmp_path, model_
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_files_own_markers_stay_as_they_are(tmp_path, model_files, suffix):
     with open_weights(model_files("sd1")) as file:
-        tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118 - a file is no mapping
+        tensors = file.tensors()
     own = {"v_pred": torch.ones(1, dtype=torch.float16), "ztsnr": torch.tensor(3)}
     write_tensors(tmp_path / f"a{suffix}", tensors | own)
     load_model(tmp_path / f"a{suffix}", None).save(tmp_path / f"b{suffix}")

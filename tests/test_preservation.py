@@ -260,10 +260,3 @@ def test_fsdp_refuses_it(tmp_path, monkeypatch):
     check_engine([dataset(subset(tmp_path))], None)
     with pytest.raises(UserError, match=f"{PRESERVES} does not work under FSDP"):
         check_engine([dataset(subset(tmp_path, custom_attributes={PRESERVES: True}))], None)
-
-
-def test_a_network_that_cannot_be_switched_off_is_named(made, factors):
-    step, method = made(**NETWORKS["without a multiplier"])
-    method.layers.restorable = False
-    with pytest.raises(UserError, match=r"networks of factors_of_somebody cannot be switched off"):
-        losses_of(step, batch_of(1))

@@ -156,7 +156,7 @@ def test_what_is_predicted_decides_what_is_learned(v2_run):
 
 def test_a_file_that_says_v_is_trained_with_its_flag_or_not_at_all(v2_flags, train, tmp_path, v2_file, capsys):
     with open_weights(v2_file) as file:
-        tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118 - a file is no mapping
+        tensors = file.tensors()
     path = tmp_path / "velocity.safetensors"
     write_tensors(path, tensors | {"v_pred": torch.zeros(0)})
     words = v2_flags(tmp_path / "out", pretrained_model_name_or_path=path, max_train_steps=1)

@@ -21,7 +21,7 @@ WIDE = {"vae_config": {"block_out_channels": (32, 64)}}
 
 def all_of(path: Path) -> dict[str, Tensor]:
     with open_weights(path) as file:
-        return {key: file.get(key) for key in file.keys()}  # noqa: SIM118 - a file is no mapping
+        return file.tensors()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ Every value is a string, JSON where nested. `modelspec` is SAI ModelSpec 1.0.1
 """
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,7 +147,8 @@ def network_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, st
         own["text_encoder_lr"] = next(iter(own["text_encoder_lr"]), None)
     fields |= {f"ss_{name}": _text(value) for name, value in own.items()}
     if settings.get("network_args"):
-        fields["ss_network_args"] = json.dumps(settings["network_args"])
+        own = {name: _without_place(value) for name, value in settings["network_args"].items()}
+        fields["ss_network_args"] = json.dumps(own)
     if settings.get("base_weights"):
         fields["ss_base_weights"] = json.dumps(settings["base_weights"])
     if settings.get("no_metadata"):
@@ -236,6 +238,11 @@ def commit_hash() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "(unknown)"
+
+
+def _without_place(value: Any) -> Any:
+    """The name alone of a file or folder that is there."""
+    return os.path.basename(os.path.abspath(value)) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def _text(value: Any) -> str:

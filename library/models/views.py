@@ -19,6 +19,11 @@ class AttachPoints(NamedTuple):
     text_encoders: list[nn.Module]
     unet: nn.Module
 
+    @property
+    def text_encoder(self) -> nn.Module | list[nn.Module]:
+        """The text encoder, or the list where there are several, as network modules expect it."""
+        return self.text_encoders[0] if len(self.text_encoders) == 1 else self.text_encoders
+
 
 # Modules whose class other programs look for; a view keeps them whole and dissolves everything above them.
 _KNOWN_CLASSES = {

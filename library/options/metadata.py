@@ -2,13 +2,14 @@
 
 import base64
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
 from library.errors import UserError, suggest_path
 from library.options.base import option
 
-_FORMATS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif", b"RIFF": "webp"}
+_FORMATS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif"}
 _LARGEST = 1 << 20  # bytes: every program that looks at a file's header reads it
 _YES_AND_NO = {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}
 
@@ -43,10 +44,9 @@ class MetadataOptions:
                 f"--metadata_is_negative_embedding: {self.metadata_is_negative_embedding!r} is neither true nor false"
             )
 
-    @property
     def described(self) -> dict[str, str]:
         """The flags whose values in files are others than on the command line, with these. UserError for a picture that
-        cannot be used.
+        cannot be used, which is read once.
         """
         found = {}
         if self.metadata_thumbnail:
@@ -56,6 +56,7 @@ class MetadataOptions:
         return found
 
 
+@lru_cache(maxsize=1)
 def _data_url(picture: str) -> str:
     """A picture's file as a data URL (RFC 2397); one that is a data URL already stays as it is."""
     if picture.startswith("data:"):
@@ -73,6 +74,8 @@ def _data_url(picture: str) -> str:
             f"it smaller than {_LARGEST >> 20} MB, 256x256 pixels will do"
         )
     kind = next((kind for start, kind in _FORMATS.items() if content.startswith(start)), None)
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        kind = "webp"
     if kind is None:
         raise UserError(f"--metadata_thumbnail: {path} is no JPEG, PNG, GIF or WebP picture")
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

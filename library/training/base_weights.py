@@ -6,7 +6,6 @@ package, whatever is trained; all others by the --network_module of the run.
 
 import contextlib
 import hashlib
-import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,9 @@ from library.models.registry import ModelInfo
 from library.models.views import AttachPoints
 from library.options.base import Settings
 from library.options.network import NetworkOptions
-from library.training.methods.network_module import import_network_module
+from library.training.methods.network_module import LYCORIS, failing_as_mistake, import_network_module
 from networks import lora
 
-_LYCORIS = "lycoris.kohya"
 _PLAIN = frozenset({"lora_down.weight", "lora_up.weight", "alpha"})
 """How the names of a LoRA's tensors end, after that of their layer."""
 _FACTORS = ("hada_w1_b", "lokr_t2", "lokr_w1", "lokr_w1_a", "lokr_w2_a")
@@ -63,21 +61,18 @@ def find_base_networks(settings: Settings, info: ModelInfo) -> tuple[BaseNetwork
 def _find(path: Path, multiplier: float, network_module: str, model: Family) -> BaseNetwork:
     tensors = _read(path)
     usual = bool(tensors) and all(name.startswith(_STARTS) for name in tensors)
-    reader = lora.__name__ if {name.partition(".")[2] for name in tensors} <= _PLAIN else _LYCORIS
+    reader = lora.__name__ if {name.partition(".")[2] for name in tensors} <= _PLAIN else LYCORIS
     reader = reader if usual else network_module
-    if not usual and reader in (lora.__name__, _LYCORIS):
+    if not usual and reader in (lora.__name__, LYCORIS):
         raise UserError(
             f"--base_weights: {path} is no network's file: no tensor's name begins with lora_te or lora_unet"
         )
     points = model.attach_points()
     if reader == lora.__name__:
-        with _telling(path, reader):
-            fitting = _names(lora.fitting_weights(tensors, *_parts(points)))
+        with failing_as_mistake(_failure(path, reader)):
+            fitting = _names(lora.fitting_weights(tensors, points.text_encoder, points.unet))
     else:
-        if reader == _LYCORIS and importlib.util.find_spec("lycoris") is None:
-            raise UserError(f"--base_weights: {path} is a LyCORIS network: pip install lycoris-lora")
-        with console.quiet_dependencies():
-            import_network_module(reader)
+        import_network_module(reader, f"--base_weights: for {path}")
         fitting = _names(tensors) & _modules(points).keys() if usual else _names(tensors)
         if not fitting:
             raise UserError(f"--base_weights: {path} is for another kind of model than this {model.title} model")
@@ -108,7 +103,8 @@ def merge_base_networks(networks: Sequence[BaseNetwork], model: Family) -> None:
     if not networks:
         return
     points = model.attach_points()
-    parts, plain = _parts(points), [network for network in networks if network.reader == lora.__name__]
+    parts = points.text_encoder, points.unet
+    plain = [network for network in networks if network.reader == lora.__name__]
     if len(plain) == len(networks):
         _merge_loras(plain, parts)
         networks = plain
@@ -125,7 +121,7 @@ def _merge_loras(networks: Sequence[BaseNetwork], parts: Parts) -> None:
     """Low-rank as they are: factors of several are put beside each other, so that each weight is summed up once."""
     factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for network in networks:
-        with _telling(network.path, network.reader):
+        with failing_as_mistake(_failure(network.path, network.reader)):
             weights = lora.fitting_weights(_read(network.path), *parts)
         for name in _names(weights):
             down, up = (weights[f"{name}.{part}.weight"].float() for part in ("lora_down", "lora_up"))
@@ -145,7 +141,7 @@ def _merge_foreign(network: BaseNetwork, modules: Mapping[str, nn.Module], parts
     weights = _with_plain_alphas(_read(network.path))
     named = [modules[name] for name in sorted(_names(weights) & modules.keys())] or list(modules.values())
     before = [] if network.multiplier == 1 else [(own, own.clone()) for own in _parameters(named)]
-    with _telling(network.path, network.reader), console.quiet_dependencies():
+    with failing_as_mistake(_failure(network.path, network.reader)), console.quiet_dependencies():
         made, weights = import_network_module(network.reader).create_network_from_weights(
             1.0, str(network.path), None, *parts, weights_sd=weights, for_inference=True
         )
@@ -189,31 +185,18 @@ def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return list(dict.fromkeys(own for module in modules for own in module.parameters()))
 
 
-@contextlib.contextmanager
-def _telling(path: Path, reader: str) -> Iterator[None]:
-    """UserError for whatever a network module raises."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--base_weights: {path} cannot be merged into this model by {reader}: {reason}") from error
+def _failure(path: Path, reader: str) -> str:
+    return f"--base_weights: {path} cannot be merged into this model by {reader}"
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     with open_weights(path) as file:
-        return {key: file.get(key) for key in file.keys()}  # noqa: SIM118
+        return file.tensors()
 
 
 def _names(tensors: Iterable[str]) -> set[str]:
     """Of the modules that the tensors belong to."""
     return {name.partition(".")[0] for name in tensors}
-
-
-def _parts(points: AttachPoints) -> Parts:
-    encoders = points.text_encoders
-    return encoders[0] if len(encoders) == 1 else encoders, points.unet
 
 
 def _modules(points: AttachPoints) -> dict[str, nn.Module]:

@@ -56,7 +56,7 @@ def accompany(run: Outlook, method: Method, step: TrainingStep, caches: Caches, 
     saving, stepper = settings[SaveOptions], motion.stepper
     movement = Movement(motion.groups, motion.optimizer, resumed=resumed is not None, step=lambda: stepper.number)
     tracker, log = watch(run, method, step, motion)
-    state = TrainState(progress, step, facts(run, motion.optimizer, motion.groups, log), run.accelerator)
+    state = TrainState(progress, step, facts(run, method, motion.optimizer, motion.groups, log), run.accelerator)
     if resumed:
         resume.restore_trained(resumed, state)
     ema = Ema(step.trained, settings[EmaOptions].ema_decay) if settings[EmaOptions].ema else None

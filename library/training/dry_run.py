@@ -69,7 +69,7 @@ def show_run(run: Outlook, method: Method) -> None:
     groups = method.parameter_groups()
     optimizer = make_optimizer(run.settings[OptimizerOptions], groups)
     if run.resumed:
-        resume.foresee(run.resumed, trained, facts(run, optimizer, groups, run.log), run.progress.step)
+        resume.foresee(run.resumed, trained, facts(run, method, optimizer, groups, run.log), run.progress.step)
     sizes = estimate(run, method, model, trained, groups)
     summary = summarise(run.table, run.plans.datasets, run.plan, run.settings[TrainingOptions].total_steps)
     lines = [

@@ -81,7 +81,7 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
     log = plans.resume and plans.resume.facts.get("log")
     accelerator, formats = make_accelerator(settings, info.family, log)
     resumed = resume.agree_on_state(plans.resume)
-    method.settle_output(info, target, resumed=resumed is not None)
+    method.settle_output(info, target, resumed=resumed and resumed.facts)
     if settings[EmaOptions].ema and engines.spreads(accelerator):
         raise UserError(
             "--ema needs all weights in each process, which FSDP and DeepSpeed spread: leave one of them out"

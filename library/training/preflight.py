@@ -64,7 +64,7 @@ def check(settings: Settings, *, trains_text_encoder: bool, kinds: frozenset[str
     check_hub(settings[HubOptions], resuming.resume, saves_states=saves_states)
     tell_of_relics(settings)
     check_fused(settings)
-    _ = settings[MetadataOptions].described  # its picture is looked at
+    settings[MetadataOptions].described()  # its picture is looked at
     check_model(settings[ModelOptions])
     check_memory(settings)
     for group in settings.groups.values():

@@ -35,7 +35,7 @@ class Provenance:
         self.method = method
         rates = settle(run.settings[SchedulerOptions], optimizer)
         self.settings = run.settings.flat() | {
-            **run.settings[MetadataOptions].described,
+            **run.settings[MetadataOptions].described(),
             "seed": run.seed,
             "mixed_precision": run.formats.mixed,
             "full_fp16": run.formats.trained == torch.float16,

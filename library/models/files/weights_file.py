@@ -49,6 +49,11 @@ class WeightsFile(AbstractContextManager["WeightsFile"]):
         names = self.keys()
         return {key: self.shape(key) for key in names}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name, in memory."""
+        names = self.keys()
+        return {key: self.get(key) for key in names}
+
     def verify(self) -> None:
         """Compare the contents with the hash in the metadata or the archive's checksums, where the file has such; reads
         all of it. UserError if they differ.

@@ -68,10 +68,14 @@ class Method(ABC):
         """
         return False
 
-    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: bool) -> None:  # noqa: B027
+    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: Mapping[str, Any] | None) -> None:  # noqa: B027
         """Called first of all, with the model to start from and the final `stem`, before anything is loaded; `resumed`:
-        what is trained goes on as a state has it. UserError if `save` could not write there.
+        the facts of the state as which what is trained goes on. UserError if `save` could not write there.
         """
+
+    def settled(self) -> dict[str, Any]:
+        """Values in place of those of flags, by the flags' names, for which a resumed run gets them in the facts."""
+        return {}
 
     def check_captions(self, table: RecordTable, datasets: Sequence[DatasetConfig]) -> None:  # noqa: B027
         """Called with what is trained on, before anything is loaded. UserError if it cannot be learned from."""

@@ -42,7 +42,7 @@ class FineTune(Method):
         self.model: Family
         self.trained: nn.ModuleDict
 
-    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: bool) -> None:
+    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: Mapping[str, Any] | None) -> None:
         self._check_blocks(info)
         self.kind = self.options.format(format_of(info.path))
         target, sources = self.target(stem), [path for path in (info.path, info.vae_path) if path]

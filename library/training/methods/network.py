@@ -6,40 +6,40 @@ the model only through its attach points.
 
 import argparse
 import contextlib
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from library.console import warn
 from library.data.batch import Batch
+from library.data.config import DatasetConfig
 from library.data.config_values import PRESERVES
+from library.data.records import RecordTable
 from library.errors import UserError
 from library.generation.paint import evaluating
-from library.models import float8
 from library.models.family import Family
-from library.models.files.checkpoint import open_weights, stores_metadata, write_tensors
-from library.models.metadata import RunFacts, network_hashes, network_metadata
+from library.models.metadata import RunFacts, network_metadata
 from library.models.registry import ModelInfo
 from library.models.views import AttachPoints
 from library.options.network import NetworkOptions, names_file
 from library.options.optimizer import OptimizerOptions
-from library.training.methods import network_weights
+from library.training.methods import network_8_bits, network_weights
 from library.training.methods.attached import AttachedLayers
 from library.training.methods.base import Method, ParameterGroup
+from library.training.methods.network_groups import read_groups
 from library.training.methods.network_module import (
     called,
     check_arguments,
     failing_as_mistake,
+    failure,
     import_network_module,
     reason,
 )
+from library.training.methods.network_saving import write_network
 from library.training.preservation import Preservation
 from library.training.resuming.packing import raw
 
@@ -60,18 +60,46 @@ class NetworkMethod(Method):
         self.default_rate = optimizer.learning_rate
         self.settings = settings
         self.resumed = False
+        self.alpha = options.network_alpha
+        self.datasets: Sequence[DatasetConfig] = ()
         self.network: nn.Module
         self.points: AttachPoints
+        self.without_values = False
         self.epoch = 0
         self.multiplier = 1.0
         self.norms: dict[str, Tensor | float] = {}
 
-    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: bool) -> None:
-        """UserError, too, for --network_weights that do not fit the model or the flags."""
-        self.resumed = resumed
-        if self._start() is not None:
-            with contextlib.suppress(NotImplementedError):  # networks that need values show it when they are there
+    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: Mapping[str, Any] | None) -> None:
+        """UserError, too, for --network_weights that do not fit the model or the flags, but for --network_alpha, in
+        whose place that of the file is used.
+        """
+        if resumed is not None:
+            self.resumed = True
+            self.alpha = resumed.get("settled", {}).get("network_alpha", self.alpha)
+        if self._start() is None:
+            return
+        with contextlib.suppress(NotImplementedError):  # networks that need values show it when they are there
+            try:
                 self.build(info.outline())
+            except network_weights.OtherAlpha as other:
+                self._take_alpha(info, other)
+
+    def _take_alpha(self, info: ModelInfo, other: network_weights.OtherAlpha) -> None:
+        """Have the network made with the alpha of a file, and raise what it has raised if that does not do either."""
+        self.alpha = other.alpha
+        try:
+            self.build(info.outline())
+        except network_weights.OtherAlpha:
+            raise other from None
+        given = self.options.network_alpha
+        warn(f"--network_weights: the file's alpha {other.alpha:g} is used, not {given:g}")
+
+    def settled(self) -> dict[str, Any]:
+        return {} if self.alpha == self.options.network_alpha else {"network_alpha": self.alpha}
+
+    def check_captions(self, table: RecordTable, datasets: Sequence[DatasetConfig]) -> None:
+        """What they ask of a network is looked at when there is one."""
+        self.datasets = datasets
 
     def _start(self) -> Path | None:
         """The file that the network is made from or starts with; the weights of a state win over it."""
@@ -81,34 +109,44 @@ class NetworkMethod(Method):
     def build(self, model: Family) -> nn.Module:
         model.requires_grad_(False)
         self.points = model.attach_points()
+        self.without_values = model.unet.device.type == "meta"
         start, name = self._start(), self.options.network_module
         tensors = network_weights.read_network(start) if start else {}
         try:
             self.network = self._made_from(start, tensors) if self.options.dim_from_weights else self._create(model)
             self._attach(model)
         except UserError as error:
-            in_8_bits = "float8" in str(error).lower()
-            raise (self._because_of_8_bits() if in_8_bits else error) from error
-        if model.unet.device.type == "meta" and not raw(self.network):
+            if network_8_bits.is_cause(error, self.points):
+                raise network_8_bits.refusal(self.options, self.settings) from error
+            raise
+        self._check_datasets()
+        if self.without_values and not raw(self.network):
             raise NotImplementedError(f"{name} makes no network without values")
         if start:
             tensors = network_weights.with_own_names(self.network, tensors)
             made = self.options.dim_from_weights
             network_weights.check_fit(self.network, name, start, tensors, made_from_it=made)
-        with called(name, "prepare_grad_etc"):
-            self.network.prepare_grad_etc(self._text_encoders(), self.points.unet)
+        with self._called("prepare_grad_etc"):
+            self.network.prepare_grad_etc(*self._places())
         self.network.to(model.unet.device, torch.float32)
         if start:
             network_weights.take_over(self.network, name, start, tensors)
-        self._try_layers_in_8_bits()
+        network_8_bits.try_layers(self.points, self.options, self.settings)
         return self.network
+
+    def _called(self, what: str, flag: str = "--network_module") -> contextlib.AbstractContextManager[None]:
+        """While it lasts, a network is put together by `what` of its module; see `called`."""
+        return called(self.options.network_module, what, flag, without_values=self.without_values)
+
+    def _places(self) -> tuple[nn.Module | list[nn.Module], nn.Module]:
+        return self.points.text_encoder, self.points.unet
 
     def _create(self, model: Family) -> nn.Module:
         name, options = self.options.network_module, self.options
         keywords: dict[str, Any] = dict(options.network_keywords)
         keywords.setdefault("dropout", options.network_dropout)
-        arguments = 1.0, options.rank, options.network_alpha, model.vae, self._text_encoders(), self.points.unet
-        with called(name, "create_network", "--network_module, --network_args"):
+        arguments = 1.0, options.rank, self.alpha, model.vae, *self._places()
+        with self._called("create_network", "--network_module, --network_args"):
             try:
                 return self.module.create_network(*arguments, neuron_dropout=options.network_dropout, **keywords)
             except ValueError as error:
@@ -122,55 +160,38 @@ class NetworkMethod(Method):
         make = getattr(self.module, "create_network_from_weights", None)
         if make is None:
             raise UserError(f"--dim_from_weights: {name} cannot make networks from files, leave it out")
-        places = None, self._text_encoders(), self.points.unet
-        with called(name, "create_network_from_weights", f"--dim_from_weights with {file}"):
-            network, _ = make(1.0, str(file), *places, weights_sd=dict(tensors), **keywords)
+        with self._called("create_network_from_weights", f"--dim_from_weights with {file}"):
+            network, _ = make(1.0, str(file), None, *self._places(), weights_sd=dict(tensors), **keywords)
         return network
 
     def _attach(self, model: Family) -> None:
         """Put the network beside the layers of the model."""
         name, network = self.options.network_module, self.network
         if hasattr(network, "prepare_network"):
-            self._ask("prepare_network", _namespace(self.settings))
+            with self._called("prepare_network"):
+                network.prepare_network(_namespace(self.settings))
         if self.options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
             raise UserError(f"--scale_weight_norms: networks of {name} cannot be scaled down, leave it out")
-        with called(name, "apply_to"), AttachedLayers(model.text_encoders, model.unet) as self.layers:
-            network.apply_to(self._text_encoders(), self.points.unet, self.trains_text_encoder(), self._trains_unet())
+        with self._called("apply_to"), AttachedLayers(model.text_encoders, model.unet) as self.layers:
+            network.apply_to(*self._places(), self.trains_text_encoder(), self._trains_unet())
 
-    def _layers_in_8_bits(self) -> list[nn.Module]:
-        trees = (*self.points.text_encoders, self.points.unet)
-        layers = [layer for tree in trees for layer in tree.modules()]
-        return [layer for layer in layers if getattr(layer._parameters.get("weight"), "dtype", None) == float8.FORMAT]
-
-    @torch.no_grad()
-    def _try_layers_in_8_bits(self) -> None:
-        """One of each kind. UserError for a network that computes with their weights itself, and in their format."""
-        tried: dict[tuple[type, ...], nn.Module] = {}
-        for layer in self._layers_in_8_bits():
-            tried.setdefault((type(layer), type(getattr(layer.forward, "__self__", None))), layer)
-        for layer in tried.values():
-            out_of, kernel = layer.weight.shape[1], layer.weight.shape[2:]
-            x = torch.zeros(1, out_of, *kernel, device=layer.weight.device, dtype=torch.bfloat16)
-            try:
-                with (
-                    torch.autocast(x.device.type, torch.bfloat16, enabled=not x.is_meta),
-                    failing_as_mistake(self.options.network_module, "forward"),
-                ):
-                    if layer(x).dtype != x.dtype:
-                        raise UserError("what layers put out has the format of the network")
-            except NotImplementedError:  # without values there is nothing to try
-                return
-            except UserError as error:
-                raise self._because_of_8_bits() from error
-
-    def _because_of_8_bits(self) -> UserError:
-        """For networks that fail on layers of this format."""
-        flag = "--fp8_base" if self.settings.get("fp8_base", True) else "--fp8_base_unet"
-        passes_by = not self.module.__name__.startswith("lycoris.") or "bypass_mode" in self.options.network_keywords
-        return UserError(
-            f"{flag}: this network of {self.options.network_module} computes with the model's weights itself, which it "
-            f"cannot in 8 bits: drop {flag}{'' if passes_by else ', or try --network_args bypass_mode=True'}"
-        )
+    def _check_datasets(self) -> None:
+        """UserError for what the datasets ask of a network whose strength cannot be set."""
+        if hasattr(self.network, "set_multiplier"):
+            return
+        name = self.options.network_module
+        for dataset in self.datasets:
+            if dataset.network_multiplier != 1:
+                raise UserError(
+                    f"{dataset.where('network_multiplier')}: networks of {name} have no strength that could be set "
+                    "(no set_multiplier): leave it out"
+                )
+            for subset in dataset.subsets:
+                if subset.is_preserved and not self.layers.restorable:
+                    raise UserError(
+                        f"{subset.where('custom_attributes')}: networks of {name} cannot be switched off, which "
+                        f"{PRESERVES} needs: leave it out"
+                    )
 
     def parameter_groups(self) -> list[ParameterGroup]:
         rates = self.options.text_encoder_lr or (None,)
@@ -178,23 +199,16 @@ class NetworkMethod(Method):
         if len(rates) > encoders:
             count = "one text encoder" if encoders == 1 else f"{encoders} text encoders"
             raise UserError(f"--text_encoder_lr: {len(rates)} rates are given, but the model has {count}")
-        unet_rate, default = self.options.unet_lr, self.default_rate
-        if hasattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs"):
-            given = list(rates) if self.options.text_encoder_lr else None
-            answer = self._ask("prepare_optimizer_params_with_multiple_te_lrs", given, unet_rate, default)
+        unet_rate, default, name = self.options.unet_lr, self.default_rate, self.options.network_module
+        hook = "prepare_optimizer_params_with_multiple_te_lrs"
+        if hasattr(self.network, hook):
+            answer = self._ask(hook, list(rates) if self.options.text_encoder_lr else None, unet_rate, default)
         else:
+            hook = "prepare_optimizer_params"
             if len(set(rates)) > 1:
-                name = self.options.network_module
                 warn(f"networks of {name} take one --text_encoder_lr for all text encoders: {rates[0]:g} is used")
-            answer = self._ask("prepare_optimizer_params", rates[0], unet_rate, default)
-        groups, names = answer if isinstance(answer, tuple) else (answer, None)
-        if not groups:
-            raise UserError("nothing is left to train: every learning rate of the network is 0")
-        names = names or ([f"group{i}" for i in range(len(groups))] if len(groups) > 1 else ["network"])
-        return [
-            ParameterGroup(name, list(group["params"]), float(group.get("lr", default)))
-            for name, group in zip(names, groups, strict=True)
-        ]
+            answer = self._ask(hook, rates[0], unet_rate, default)
+        return read_groups(answer, name, hook, default)
 
     def trains_text_encoder(self) -> bool:
         return self.options.trains_text_encoder
@@ -202,18 +216,13 @@ class NetworkMethod(Method):
     def _trains_unet(self) -> bool:
         return not self.options.network_train_text_encoder_only
 
-    def _text_encoders(self) -> nn.Module | list[nn.Module]:
-        """One module, or a list where the model has several, as network modules expect it."""
-        encoders = self.points.text_encoders
-        return encoders[0] if len(encoders) == 1 else encoders
-
     def enable_gradient_checkpointing(self) -> None:
-        self.network.enable_gradient_checkpointing()
+        self._ask("enable_gradient_checkpointing")
 
     def on_micro_step(self, batch: Batch) -> None:
         if batch.plan.epoch != self.epoch:
             self.epoch = batch.plan.epoch
-            self._ask("on_epoch_start", self._text_encoders(), self.points.unet)
+            self._ask("on_epoch_start", *self._places())
         self._set_multiplier(batch.network_multiplier)
         if hasattr(self.network, "on_step_start"):
             self._ask("on_step_start")
@@ -239,7 +248,7 @@ class NetworkMethod(Method):
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         """What a method of the network answers. UserError if it fails."""
-        with failing_as_mistake(self.options.network_module, name):
+        with failing_as_mistake(failure(self.options.network_module, name)):
             return getattr(self.network, name)(*arguments)
 
     def measured(self) -> Mapping[str, Tensor | float]:
@@ -281,11 +290,6 @@ class NetworkMethod(Method):
             if self.layers.restorable:
                 yield
                 return
-            if not hasattr(self.network, "set_multiplier"):
-                raise UserError(
-                    f"--network_module: networks of {self.options.network_module} cannot be switched off: leave "
-                    f"{PRESERVES} out"
-                )
             multiplier = self.multiplier
             self._set_multiplier(0.0)
             try:
@@ -297,35 +301,19 @@ class NetworkMethod(Method):
     def _set_multiplier(self, multiplier: float) -> None:
         """How strongly the network acts on the model."""
         if multiplier != self.multiplier:
-            self.network.set_multiplier(multiplier)
+            self._ask("set_multiplier", multiplier)
             self.multiplier = multiplier
 
     def target(self, stem: Path) -> Path:
         return stem.with_name(f"{stem.name}.{self.options.save_model_as}")
 
     def save(self, stem: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> Path:
-        """The network writes its file aside, for what it puts there is its own affair; ours is hashed and whole."""
-        path = self.target(stem)
-        # named as all that is unfinished; a name of its own inside, with the ending by which the network knows a format
-        folder = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        draft = folder / f"network{path.suffix}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.network.save_weights(str(draft), dtype, None)
-            with open_weights(draft) as file:
-                tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be written: {error}") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        if stores_metadata(path):
-            metadata = {**metadata, **network_hashes(tensors, None, metadata)}
-        write_tensors(path, tensors, None, metadata)
-        return path
+        return write_network(self.network, self.options.network_module, self.target(stem), dtype, metadata)
 
     def metadata(self, settings: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
         own: dict[str, Any] = {
             "network_dim": self.options.rank,
+            "network_alpha": self.alpha,
             "network_args": self.options.network_keywords,
             "base_weights": [[path.name, strength] for path, strength in self.options.base_networks],
         }

@@ -21,13 +21,14 @@ from library.options.network import names_file
 logger = logging.getLogger(__name__)
 
 _LONGEST = 300  # letters of an error that are shown
-_LYCORIS = "lycoris.kohya"
+LYCORIS = "lycoris.kohya"
+_PACKAGES = {"lycoris": "lycoris-lora"}  # modules -> what to install, where that has another name
 
 
-def import_network_module(name: str | None) -> ModuleType:
+def import_network_module(name: str | None, wanted_by: str = "--network_module") -> ModuleType:
     """The module of --network_module: a name to import, of a file in the current folder, too, or a path of one.
 
-    UserError if it is missing, cannot be imported or is no network module.
+    UserError if it is missing, cannot be imported or is no network module; `wanted_by` begins its sentence.
     """
     if not name:
         raise UserError("no network to train: give --network_module one, such as networks.lora")
@@ -36,16 +37,17 @@ def import_network_module(name: str | None) -> ModuleType:
             module = _import_file(Path(name)) if names_file(name) else _import_named(name)
     except ModuleNotFoundError as error:
         missing = error.name or name
-        if names_file(name) or not name.startswith(missing):
-            raise UserError(f"--network_module {name} needs the package {missing}: pip install {missing}") from error
-        raise UserError(f"--network_module: there is no module {name} (LoRA is networks.lora)") from error
+        if names_file(name) or not name.startswith(missing) or missing in _PACKAGES:
+            package = _PACKAGES.get(missing, missing)
+            raise UserError(f"{wanted_by} {name} needs the package {missing}: pip install {package}") from error
+        raise UserError(f"{wanted_by}: there is no module {name} (LoRA is networks.lora)") from error
     except Exception as error:  # whatever other people's raise
         if name.startswith("."):
-            raise UserError(f"--network_module: there is no module {name} (LoRA is networks.lora)") from error
+            raise UserError(f"{wanted_by}: there is no module {name} (LoRA is networks.lora)") from error
         logger.warning("importing %s failed", name, exc_info=True)
-        raise UserError(f"--network_module {name} cannot be imported: {_named(error)}") from error
+        raise UserError(f"{wanted_by} {name} cannot be imported: {_named(error)}") from error
     if not inspect.isfunction(getattr(module, "create_network", None)):
-        raise UserError(f"--network_module {name} is no network module: it has no function create_network")
+        raise UserError(f"{wanted_by} {name} is no network module: it has no function create_network")
     return module
 
 
@@ -72,7 +74,7 @@ def _import_file(path: Path) -> ModuleType:
 
 def check_arguments(module: ModuleType, keywords: Mapping[str, object]) -> None:
     """UserError for names in --network_args that LyCORIS would stumble over without saying which it knows."""
-    if module.__name__ != _LYCORIS:
+    if module.__name__ != LYCORIS:
         return
     for name, known in (("algo", module.network_module_dict), ("preset", module.PRESET)):
         value = str(keywords.get(name) or "")
@@ -83,28 +85,33 @@ def check_arguments(module: ModuleType, keywords: Mapping[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def called(name: str | None, what: str, flag: str = "--network_module") -> Iterator[None]:
-    """While it lasts, `what` of the network module of this name is called and keeps off the console. UserError if it
-    fails.
-    """
-    with failing_as_mistake(name, what, flag), console.quiet_dependencies():
+def called(
+    name: str | None, what: str, flag: str = "--network_module", *, without_values: bool = False
+) -> Iterator[None]:
+    """While it lasts, `what` of the network module of this name is called and keeps off the console; see below."""
+    with failing_as_mistake(failure(name, what, flag), without_values=without_values), console.quiet_dependencies():
         yield
 
 
+def failure(name: str | None, what: str, flag: str = "--network_module") -> str:
+    """How the sentence begins that says why `what` of a network module fails."""
+    return f"{flag}: {what} of {name} fails"
+
+
 @contextlib.contextmanager
-def failing_as_mistake(name: str | None, what: str, flag: str = "--network_module") -> Iterator[None]:
-    """What a network module raises is a UserError, but for the NotImplementedError of values that are missing in a
-    model of which only the headers are read.
+def failing_as_mistake(sentence: str, *, without_values: bool = False) -> Iterator[None]:
+    """What a network module raises is a UserError that begins with this sentence. On a model `without_values`, of which
+    only the headers are read, it may raise the NotImplementedError of values that are missing.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # whatever other people's raise
-        if isinstance(error, RuntimeError) and "meta" in str(error).lower():
+        if without_values and isinstance(error, RuntimeError) and "meta" in str(error).lower():
             raise NotImplementedError(str(error)) from error
-        logger.warning("%s of %s failed", what, name, exc_info=True)
-        raise UserError(f"{flag}: {what} of {name} fails: {reason(error)}") from error
+        logger.warning("%s", sentence, exc_info=True)
+        raise UserError(f"{sentence}: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:

@@ -19,12 +19,24 @@ _FLAG = "--network_weights"
 _RANKED = "lora_down.weight"  # (rank, ...)
 
 
+class OtherAlpha(UserError):
+    """For a network in which a module's alpha is not `alpha`, that of the file."""
+
+    def __init__(self, sentence: str, alpha: float):
+        super().__init__(sentence)
+        self.alpha = alpha
+
+
 def read_network(path: Path) -> dict[str, Tensor]:
-    """The tensors of a network's file, in float32. UserError if it is none or damaged."""
+    """The tensors of a network's file, in float32, with an alpha for every low-rank module: its rank where the file has
+    none. UserError if it is none or damaged.
+    """
     with open_weights(path) as file:
         file.verify()
-        tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118
-    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+        tensors = file.tensors()
+    tensors = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    ranks = {key.removesuffix(_RANKED): len(down) for key, down in tensors.items() if key.endswith(f".{_RANKED}")}
+    return {f"{name}alpha": torch.tensor(float(rank)) for name, rank in ranks.items()} | tensors
 
 
 def with_own_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -43,18 +55,22 @@ def content(network: nn.Module, name: str, like: Mapping[str, Tensor]) -> dict[s
     held = network.state_dict()
     if held.keys() & like.keys():
         return held
-    with tempfile.TemporaryDirectory() as folder, called(name, "save_weights"):
+    empty = any(parameter.is_meta for parameter in network.parameters())
+    with tempfile.TemporaryDirectory() as folder, called(name, "save_weights", without_values=empty):
         draft = Path(folder) / "network.safetensors"
         network.save_weights(str(draft), None, None)
         with open_weights(draft) as file:
-            return {key: file.get(key) for key in file.keys()}  # noqa: SIM118
+            return file.tensors()
 
 
 def check_fit(network: nn.Module, name: str, path: Path, tensors: Mapping[str, Tensor], *, made_from_it: bool) -> None:
     """Say what of the file and of the network has no counterpart. UserError where nothing has one, and where a network
-    of another kind, rank or alpha is in the file. `made_from_it`: the network has its ranks and alphas from it.
+    of another kind or rank is in the file, OtherAlpha for one of another alpha. `made_from_it`: the network has its
+    ranks and alphas from it.
     """
     own, theirs = _by_module(content(network, name, tensors)), _by_module(tensors)
+    for key in own.keys() & theirs.keys():
+        _forget_needless_alpha(own[key], theirs[key])
     shared = sorted(own.keys() & theirs.keys())
     if not shared:
         there, here = (min(parts) if parts else "nothing" for parts in (theirs, own))
@@ -77,6 +93,12 @@ def check_fit(network: nn.Module, name: str, path: Path, tensors: Mapping[str, T
         warn(f"{path} has nothing for {len(absent)} of the network's {len(own)} modules, which are new: {some(absent)}")
     if unknown := sorted(theirs.keys() - own.keys()):
         notice(f"{len(unknown)} of the {len(theirs)} modules in {path} are not of this network: {some(unknown)}")
+
+
+def _forget_needless_alpha(own: Mapping[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """One that changes nothing, of a module that has none."""
+    if "alpha" not in own and "alpha" in theirs and _RANKED in theirs and theirs["alpha"] == len(theirs[_RANKED]):
+        del theirs["alpha"]
 
 
 def _check_shapes(own: Parts, theirs: Parts, path: Path) -> None:
@@ -107,8 +129,8 @@ def _check_alphas(own: Parts, theirs: Parts, path: Path) -> None:
         here, there = float(parts["alpha"]), float(theirs[name]["alpha"])
         if abs(here - there) > 0.01 * abs(there):  # that of a file may be rounded to 8 bits
             value = f"--network_alpha {there:g} or " if len(alphas) == 1 else ""
-            raise UserError(
-                f"{_FLAG}: {path} has alpha {there:g} for {name}, not {here:g}: give {value}--dim_from_weights"
+            raise OtherAlpha(
+                f"{_FLAG}: {path} has alpha {there:g} for {name}, not {here:g}: give {value}--dim_from_weights", there
             )
 
 

@@ -46,7 +46,7 @@ class TextualInversion(Method):
         self.rows: dict[str, torch.Tensor] = {}  # those of --weights
         self.trained: nn.ModuleDict
 
-    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: bool) -> None:
+    def settle_output(self, info: ModelInfo, stem: Path, *, resumed: Mapping[str, Any] | None) -> None:
         """UserError, too, for words that cannot be learned or started from, and for --weights of other models."""
         target = self.target(stem)
         if self.options.several:
@@ -56,7 +56,7 @@ class TextualInversion(Method):
         tokenizer = next(iter(info.family.tokenizers().values()))
         self._check_words(tokenizer)
         self._init_ids(tokenizer, say=True)
-        if self.options.weights and not resumed:
+        if self.options.weights and resumed is None:
             self.read_weights(info.outline())
 
     def _check_words(self, tokenizer: Tokenizer) -> None:

@@ -32,7 +32,7 @@ from library.options.textual_inversion import TextualInversionOptions
 from library.options.validation import ValidationOptions
 from library.training.device import engines
 from library.training.logs import Continued
-from library.training.methods.base import ParameterGroup
+from library.training.methods.base import Method, ParameterGroup
 from library.training.optimization.optimizers import name_of
 from library.training.shared_scan import digest
 from library.training.trackers import public_value
@@ -210,14 +210,19 @@ _NUMBERED_FACTS = {
 
 
 def facts(
-    run: "Outlook", optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], log: Continued
+    run: "Outlook",
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[ParameterGroup],
+    log: Continued,
 ) -> dict[str, Any]:
     """What a run is made of, without anything private: places and secrets are left out. `log`: how to go on with it."""
     return {
         "output_name": run.target.name,
         "seed": run.seed,
         "log": log,
-        "settings": comparable(run.settings),
+        "settings": comparable(run.settings) | method.settled(),
+        "settled": method.settled(),
         "optimizer": name_of(optimizer),
         "groups": [group.name for group in groups],
         "images_per_epoch": run.plan.images_per_epoch,

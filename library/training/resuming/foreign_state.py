@@ -43,7 +43,7 @@ def load_trained(folder: Path, trained: nn.Module) -> None:
     for path in files:
         with open_weights(path) as file:
             file.verify()
-            theirs |= {key: file.get(key) for key in file.keys()}  # noqa: SIM118
+            theirs |= file.tensors()
     needed = dict(trained.named_parameters())
     for name, tensor in raw(trained).items():
         found = _named(name, theirs)

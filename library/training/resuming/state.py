@@ -105,14 +105,14 @@ def load_trained(folder: Path, trained: nn.Module) -> None:
     """
     with open_weights(folder / states.TRAINED) as file:
         file.verify()
-        put(trained, {key: file.get(key) for key in file.keys()})  # noqa: SIM118
+        put(trained, file.tensors())
 
 
 def read_objects(state: StateFolder) -> dict[str, Any]:
     """The states of a folder's objects, by name. UserError if a file is damaged."""
     with open_weights(state.folder / states.TENSORS) as file:
         file.verify()
-        tensors = {key: file.get(key) for key in file.keys()}  # noqa: SIM118
+        tensors = file.tensors()
     try:
         packed = states.unsealed(json.loads((state.folder / states.OBJECTS).read_bytes()))["objects"]
         return {name: unpack(value, tensors) for name, value in packed.items()}
