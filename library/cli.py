@@ -12,10 +12,27 @@ from typing import Any, NoReturn
 
 from library import console
 from library.errors import UserError, suggest
-from library.options import ConfigOptions, Option, Settings, options_of
+from library.options import (
+    ConfigOptions,
+    DreamBoothOptions,
+    FineTuneOptions,
+    NetworkOptions,
+    Option,
+    SdxlFineTuneOptions,
+    Settings,
+    TextualInversionOptions,
+    options_of,
+)
 from library.program_arguments import hide
 from library.toml_file import read_toml
 
+_SCRIPTS = {
+    NetworkOptions: ("train_network.py", "sdxl_train_network.py"),
+    DreamBoothOptions: ("train_db.py",),
+    FineTuneOptions: ("fine_tune.py",),
+    SdxlFineTuneOptions: ("sdxl_train.py",),
+    TextualInversionOptions: ("train_textual_inversion.py", "sdxl_train_textual_inversion.py"),
+}
 _OF_THE_FILE_ITSELF = frozenset(option.name for option in options_of(ConfigOptions))
 
 
@@ -37,6 +54,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         console.error("interrupted: what is written so far stays")
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what ends with the interpreter cannot be left by an exception
 
 
 def _not_installed(package: str) -> str:
@@ -160,17 +179,28 @@ def _reader(option: Option) -> Callable[[str], Any]:
 
 def _stray(rest: Sequence[str], argv: Sequence[str], options: Mapping[str, Option]) -> str:
     """The sentence about the first of the words that belong to no flag."""
-    flags = [option.spelling for option in options.values() if not option.details.positional]
     for word in rest:
         if word.startswith("-"):
-            flag = word.partition("=")[0]
-            return f"{flag}: unknown option{suggest(flag, flags)}"
+            return _unknown(word.partition("=")[0], options)
     word = rest[0]
     for before, after in pairwise(argv):
         option = options.get(before.removeprefix("--"))
         if after == word and option is not None and option.kind is bool:
             return f"{before}: this flag takes no value, leave out {word!r}"
     return f"{word!r} belongs to no option, put values with spaces in quotes"
+
+
+def _unknown(flag: str, options: Mapping[str, Option]) -> str:
+    """The sentence about a flag that a script with these options does not have."""
+    flags = [option.spelling for option in options.values() if not option.details.positional]
+    if numbered := [own for own in flags if own[:-1] == flag and own[-1].isdigit()]:
+        return f"{flag}: unknown option, did you mean {' or '.join(numbered)}?"
+    if flag == "--train_text_encoder" and "stop_text_encoder_training" in options:
+        return f"{flag}: leave it out, this script trains it unless --stop_text_encoder_training -1 is given"
+    groups = [group for group in _SCRIPTS if flag in (option.spelling for option in options_of(group))]
+    if scripts := [script for group in groups for script in _SCRIPTS[group]]:
+        return f"{flag}: this script has no such option, but {' and '.join(scripts)}"
+    return f"{flag}: unknown option{suggest(flag, flags)}"
 
 
 # --- the config file ---

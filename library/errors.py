@@ -9,9 +9,9 @@ class UserError(Exception):
     """A mistake the user can mend. Its text is one sentence: what is wrong, where, and what to do instead."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """The choice most like `name`, or None when nothing is close enough to be worth proposing."""
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The choice most like `name`, or None when nothing is close enough (0 to 1) to be worth proposing."""
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

@@ -168,7 +168,7 @@ def test_a_run_is_that_upon_the_merged_model_and_saves_the_new_network_alone(run
     whole.save(tmp_path / "whole.safetensors")
     changes = {"save_precision": "float", **PROPORTIONAL}
     upon = run("upon", base_weights=base, base_weights_multiplier=0.5, **changes)
-    assert "merged into the model: base.safetensors, 0.5 times" in capsys.readouterr().err
+    assert "merged into the model: base.safetensors, at strength 0.5" in capsys.readouterr().err
     assert_equal_to_rounding(upon, run("same", pretrained_model_name_or_path=tmp_path / "whole.safetensors", **changes))
     assert largest_difference(upon, run("plain", **changes)) > 1e-4
     with safe_open(upon, "pt") as file:

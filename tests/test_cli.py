@@ -94,6 +94,32 @@ def test_a_script_has_its_own_defaults(capsys):
 
 
 @pytest.mark.parametrize(
+    ("group", "flag", "sentence"),
+    [
+        (
+            options.DreamBoothOptions,
+            "--network_dim",
+            "this script has no such option, but train_network.py and sdxl_train_network.py",
+        ),
+        (
+            options.DreamBoothOptions,
+            "--train_text_encoder",
+            "leave it out, this script trains it unless --stop_text_encoder_training -1 is given",
+        ),
+        (
+            options.SdxlFineTuneOptions,
+            "--learning_rate_te",
+            "unknown option, did you mean --learning_rate_te1 or --learning_rate_te2?",
+        ),
+    ],
+)
+def test_flags_of_other_scripts_are_known(group, flag, sentence):
+    with pytest.raises(UserError) as mistake:
+        read(flag, "1", groups=[group, *options.TRAINING])
+    assert str(mistake.value) == f"{flag}: {sentence}"
+
+
+@pytest.mark.parametrize(
     ("argv", "sentence"),
     [
         (["--learning_rat", "1e-4"], "--learning_rat: unknown option, did you mean --learning_rate?"),
@@ -190,6 +216,9 @@ def test_exit_status():
     assert stopped.stderr.startswith("error: interrupted")
     killed = python(code.format("__import__('signal').raise_signal(15)"))
     assert (killed.returncode, killed.stderr) == (143, "")
+    late = "import atexit, signal\nfrom library.cli import run\natexit.register(signal.raise_signal, 15)\nrun(print)"
+    assert (ended := python(late)).returncode == -15
+    assert not ended.stderr
     missing = python(code.format("ModuleNotFoundError(name='torch.nn')"))
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: the package torch.nn is not installed for this Python: run ")

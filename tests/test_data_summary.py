@@ -56,6 +56,13 @@ def test_the_table_before_training(folders):
     assert len({len(line) for line in lines[1:4]}) == 1
 
 
+def test_kinds_of_folders(tmp_path, folders):
+    picture(tmp_path / "kept" / "a.png", (64, 64))
+    marked = subset(tmp_path / "kept", custom_attributes={"diff_output_preservation": True})
+    summary, _ = described(dataset(*folders, marked))
+    assert [row.kind for row in summary.folders] == ["train", "reg", "preserved"]
+
+
 def test_columns_of_zeros_and_tables_without_rows_are_left_out(tmp_path):
     picture(tmp_path / "a" / "0.png", (64, 64), "x")
     summary, _ = described(dataset(subset(tmp_path / "a")))

@@ -97,6 +97,10 @@ class TestFolders:
         assert str(tmp_path / "dogs" / "10_dogs") in text
         assert "--dataset_config" in text
         assert f"image_dir = '{tmp_path / 'dogs'}'" in text
+        picture(tmp_path / "train/10_sks dog/a.png")
+        reg = message(train_data_dir=str(tmp_path / "train"), reg_data_dir=str(tmp_path / "dogs"))
+        assert f"move the images into {tmp_path / 'dogs' / '1_<class>'}, or give a dataset file with image_dir" in reg
+        assert f"image_dir = '{tmp_path / 'dogs'}' and is_reg = true as --dataset_config" in reg
 
     def test_a_folder_too_far_up_is_answered_with_the_right_one(self, tmp_path):
         picture(tmp_path / "train/10_dog/a.png")
@@ -197,6 +201,11 @@ class TestFile:
             ),
             ("validation_seed = 1.0", "datasets[0].subsets[0].validation_seed: 1.0 must be a whole number"),
             ("custom_attributes = 3", "datasets[0].subsets[0].custom_attributes: 3 must be a table"),
+            (
+                "custom_attributes = { diff_output_preservaton = true }",
+                "datasets[0].subsets[0].custom_attributes: {'diff_output_preservaton': True} must have another name "
+                "than diff_output_preservaton for what is yours, did you mean diff_output_preservation?",
+            ),
             ("face_crop_aug_range = [3.0, 1.0]", "datasets[0].subsets[0].face_crop_aug_range: [3.0, 1.0] must be two"),
             ("face_crop_aug_range = '1.0'", "datasets[0].subsets[0].face_crop_aug_range: '1.0' must be two numbers"),
             (

@@ -86,6 +86,7 @@ def test_it_says_what_the_run_says(flags, train, tmp_path, prompts, capsys):
     run = capsys.readouterr().out
     table = run[: run.index("text_encoder: weights changed")].strip()
     assert "trained: unet, " in table
+    assert "in all: 7 optimizer steps in 3.5 epochs on " in table
     assert table in told
 
 
@@ -104,6 +105,34 @@ def test_leftovers_stay(flags, train, tmp_path):
     left.touch()
     train(flags(tmp_path, dry_run=True))
     assert left.exists()
+
+
+def test_a_name_in_use_is_said(flags, train, tmp_path, capsys):
+    words = flags(tmp_path, max_train_steps=1, save_state_on_train_end=True)
+    train([*words, "--dry_run"])
+    assert not re.search("replaced when|in place of|another run", "".join(capsys.readouterr()))
+    train(words)
+    train([*words, "--dry_run"])
+    told = capsys.readouterr()
+    assert f"{tmp_path / 'run.safetensors'} is there already and is replaced when the run is over" in told.err
+    assert f"{tmp_path} holds states of another run named run (run-state), and this is a new run" in told.err
+    size = r"([\d.]+ KB)"
+    (result,) = re.findall(rf"  result: after step 1, {size}, in place of what is there now\n", told.out)
+    train([*flags(tmp_path, max_train_steps=1, output_name="other"), "--dry_run"])
+    ((stays, _),) = re.findall(
+        rf"this takes about {size} of the disk, and up to {size} on the way", capsys.readouterr().out
+    )
+    assert stays == result
+    train([*flags(tmp_path, max_train_steps=2, resume="latest"), "--dry_run"])
+    assert not re.search("replaced when|another run", capsys.readouterr().err)
+    train([*flags(tmp_path, max_train_steps=1, output_name="other"), "--dry_run"])
+    assert not re.search("replaced when|another run", capsys.readouterr().err)
+
+
+def test_prompts_without_an_interval_are_said(flags, train, tmp_path, prompts, capsys):
+    for changes, said in (({}, True), ({"sample_at_first": True}, False)):
+        train(flags(tmp_path / "out", sample_prompts=prompts, dry_run=True, **changes))
+        assert ("--sample_prompts: previews are painted on request only" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("place", ["--output_dir", "--logging_dir"])

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import inspect
 import os
 import re
 from collections import Counter
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from library.models.family import Family
 from library.training.methods.network import NetworkMethod
+from library.training.methods.network_module import check_arguments
 from networks.lora import find_layers
 from tests.full_size import CONFIGS
 from tests.test_lora_names import TABLES
@@ -149,6 +151,17 @@ def test_what_cannot_work_is_refused(train, flags, tmp_path, capsys, words, sent
         train(flags(tmp_path, **LYCORIS, **words))
     assert sentence.split(" .*, ")[0] in (error := capsys.readouterr().err)
     assert sentence.split(" .*, ")[-1] in error
+
+
+def test_names_that_it_does_not_read_are_said(capsys):
+    source = inspect.getsource(kohya.create_network)
+    read = {*re.findall(r'kwargs\.get\(\s*"(\w+)"', source), *kohya.deprecated_arg_dict}
+    assert len(read) > 20
+    check_arguments(kohya, dict.fromkeys(sorted(read - {"algo", "preset"}), "1"))
+    assert capsys.readouterr().err == ""
+    check_arguments(kohya, {"presett": "attn-mlp", "algo": "lokr"})
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("--network_args: LyCORIS does not read presett, it has no effect, did you mean preset?")
 
 
 @pytest.mark.slow

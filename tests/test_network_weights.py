@@ -247,9 +247,7 @@ def test_files_of_something_else_are_refused(refused, lora, tmp_path, monkeypatc
         sentence = refused(network_weights=other, **dims)
         assert f"{change.__name__}.safetensors is of another kind of network, lora_te_" in sentence
     sdxl = write_lora(tmp_path / "sdxl.safetensors", "sdxl")
-    nothing = changed(
-        sdxl, tmp_path / "no.safetensors", lambda t: {n: x for n, x in t.items() if n.startswith("lora_te1")}
-    )
+    nothing = changed(sdxl, tmp_path / "no.safetensors", lambda t: {f"other_{n}": x for n, x in t.items()})
     assert "no.safetensors fits this network, it is of another kind of model" in refused(network_weights=nothing)
     sd2 = write_lora(tmp_path / "sd2.safetensors", "sd2")
     wider = changed(
@@ -258,3 +256,20 @@ def test_files_of_something_else_are_refused(refused, lora, tmp_path, monkeypatc
         lambda t: {n: torch.cat([x, x], 1) if "lora_down" in n else x for n, x in t.items()},
     )
     assert "so it was made for another kind of model" in refused(network_weights=wider, network_dim=3)
+
+
+def test_files_for_another_family_are_named_as_such(refused, tmp_path, model_files):
+    sdxl, sd2 = (write_lora(tmp_path / f"{family}.safetensors", family) for family in ("sdxl", "sd2"))
+    for dims in ({}, {"dim_from_weights": True}):
+        sentence = refused(network_weights=sdxl, **dims)
+        assert sentence.endswith(
+            "sdxl.safetensors is for SDXL, and this model is Stable Diffusion 1.x: give one for that"
+        )
+    told = tmp_path / "told.safetensors"
+    unet = {name: tensor for name, tensor in load_file(sd2).items() if name.startswith("lora_unet")}
+    save_file(unet, told, {"ss_base_model_version": "sd_v2"})
+    assert "is for Stable Diffusion 2.x, and this" in refused(network_weights=told, network_dim=3)
+    model = model_files("sdxl")
+    assert "is for Stable Diffusion 1.x or 2.x, and this model is SDXL" in refused(
+        sdxl=True, network_weights=sd2, pretrained_model_name_or_path=model
+    )

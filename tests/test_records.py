@@ -126,6 +126,18 @@ class TestOtherCaptionExtensions:
         ):
             scan([dataset(subset(tmp_path, place="my.toml: datasets[0].subsets[0]"))])
 
+    def test_captions_of_another_kind_are_not_replaced_by_those_beside_them(self, tmp_path, said):
+        """A class that is to be kept must not get the captions with the new word in them."""
+        picture(tmp_path / "a.png", caption="a photo of sks dog", extension=".txt")
+        marked = {"custom_attributes": {"diff_output_preservation": True}, "class_tokens": "dog", "place": "my.toml: x"}
+        with pytest.raises(UserError, match=r'write the \.class files, or set caption_extension = "" in my.toml: x'):
+            scan([dataset(subset(tmp_path, caption_extension=".class", **marked))])
+        with pytest.raises(UserError, match=r'write the \.caption files, or set caption_extension = "" in my.toml: x'):
+            scan([dataset(subset(tmp_path, **marked))])
+        table = scan([dataset(subset(tmp_path, caption_extension="", cache_info=True, **marked))])
+        assert [record.caption for record in table] == ["dog"]
+        assert not said
+
     def test_the_other_way_round(self, tmp_path):
         picture(tmp_path / "a.png", caption="x")
         with pytest.raises(UserError, match=r"--caption_extension \.caption$"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from library.data.buckets import Size
 from library.data.scanning.files import folder_problem
-from library.errors import UserError, suggest, suggest_path
+from library.errors import UserError, nearest, suggest, suggest_path
 from library.options.dataset import INTERPOLATIONS
 
 Values = dict[str, Any]
@@ -16,6 +16,7 @@ Reader = Callable[[Any], Any]
 """Turns the value of an option into what the program uses, or raises Unfit."""
 PRESERVES = "diff_output_preservation"
 """The one of `custom_attributes` that has a meaning here: what the model says of these samples is to stay as it is."""
+_CLOSE = 0.85  # names that are so much like it are slips
 
 
 class Unfit(Exception):
@@ -145,6 +146,9 @@ def _attributes(value: Any) -> dict[str, Any]:
         raise Unfit("must be a table, as { artist = 'me' }")
     if not isinstance(value.get(PRESERVES, False), bool):
         raise Unfit(f"must have true or false, without quotes, as {PRESERVES}")
+    for name in value:
+        if name != PRESERVES and nearest(name.lower(), [PRESERVES], cutoff=_CLOSE):
+            raise Unfit(f"must have another name than {name} for what is yours, did you mean {PRESERVES}?")
     return value
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.console import notice
 from library.data.scanning.files import count_images, folder_problem, subfolders
+from library.data.scanning.wording import counted
 from library.errors import UserError
 
 _NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)
@@ -53,25 +54,27 @@ def _nothing_found(root: Path, flag: str) -> str:
     """What is wrong with a root that holds no folder of the convention, and the value or name to use instead."""
     images = count_images(root)
     name = Path(os.path.abspath(root)).name
+    is_reg = flag == "--reg_data_dir"
+    repeats, tokens = (1, "class") if is_reg else (10, "class tokens")
     if images and _NAME.fullmatch(name):
         parent = root.parent if root.name not in ("", "..") else Path(os.path.abspath(root)).parent
         return f"{flag}={root} is one of the folders to look for, not the folder that holds them: use {flag}={parent}"
     if images:
+        folder, further = root / f"{repeats}_{'<class>' if is_reg else name}", " and is_reg = true" if is_reg else ""
         return (
-            f"{flag}={root} holds {images} images itself where folders named <repeats>_<class tokens> are looked for: "
-            f"move the images into {root / f'10_{name}'}, or give a dataset file with image_dir = '{root}' "
+            f"{flag}={root} holds {images} images itself where folders named <repeats>_<{tokens}> are looked for: "
+            f"move the images into {folder}, or give a dataset file with image_dir = '{root}'{further} "
             "as --dataset_config"
         )
     children = subfolders(root)
     for child in children:
         if any(_NAME.fullmatch(path.name) and count_images(path) for path in subfolders(child)):
-            return (
-                f"{flag}={root} holds no folders named <repeats>_<class tokens>, but {child} does: use {flag}={child}"
-            )
+            return f"{flag}={root} holds no folders named <repeats>_<{tokens}>, but {child} does: use {flag}={child}"
     for child in children:
         if count_images(child):
             return (
-                f"{flag}={root} holds no folder named <repeats>_<class tokens>: "
-                f"rename {child} to {root / f'10_{child.name}'} for 10 repeats of each image"
+                f"{flag}={root} holds no folder named <repeats>_<{tokens}>: rename {child} to "
+                f"{root / f'{repeats}_{child.name}'} for {counted(repeats, 'repeat', 'repeats')} of each image"
             )
-    return f"{flag}={root} holds no images: put them into a folder named like {root / '10_name of what they show'}"
+    example = root / f"{repeats}_name of what they show"
+    return f"{flag}={root} holds no images: put them into a folder named like {example}"

@@ -18,8 +18,8 @@ class DreamBoothOptions(OneEncoderOptions):
 
     stop_text_encoder_training: int | None = option(
         None,
-        "train the text encoder for this many steps, and the U-Net alone from then on; to the end when left out, -1 "
-        "trains the U-Net alone",
+        "train the text encoder for this many steps, and the U-Net alone from then on; 0 or -1: the U-Net alone from "
+        "the start; to the end when left out",
         metavar="N",
         minimum=-1,
     )

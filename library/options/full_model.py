@@ -24,7 +24,9 @@ class FullModelOptions(MethodOptions):
         metavar="FORMAT",
         choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
     )
-    use_safetensors: bool = option(False, "save as safetensors where --save_model_as is left out")
+    use_safetensors: bool = option(
+        False, "save as safetensors, whatever the model that was read is, where --save_model_as is left out"
+    )
 
     @property
     def text_encoder_steps(self) -> int | None:
@@ -54,7 +56,10 @@ class OneEncoderOptions(FullModelOptions):
     """Models with one text encoder, which may learn at a rate of its own."""
 
     learning_rate_te: float | None = option(
-        None, "learning rate of the text encoder; --learning_rate when left out", metavar="X", minimum=0
+        None,
+        "learning rate of the text encoder, 0 leaves it as it is; --learning_rate when left out",
+        metavar="X",
+        minimum=0,
     )
 
     @property

@@ -18,15 +18,21 @@ class SdxlFineTuneOptions(FullModelOptions):
 
     train_text_encoder: bool = option(False, "train both text encoders, too, not only the U-Net")
     learning_rate_te1: float | None = option(
-        None, "learning rate of the first text encoder (ViT-L); --learning_rate when left out", metavar="X", minimum=0
+        None,
+        "learning rate of the first text encoder (ViT-L), 0 leaves it as it is; --learning_rate when left out",
+        metavar="X",
+        minimum=0,
     )
     learning_rate_te2: float | None = option(
-        None, "learning rate of the second text encoder (BiG-G); --learning_rate when left out", metavar="X", minimum=0
+        None,
+        "learning rate of the second text encoder (ViT-bigG), 0 leaves it as it is; --learning_rate when left out",
+        metavar="X",
+        minimum=0,
     )
     block_lr: str | None = option(
         None,
-        "learning rates of the U-Net's 23 blocks in place of --learning_rate: embeddings, 9 input blocks, 3 middle "
-        "blocks, 9 output blocks, last layer",
+        "learning rates of the U-Net's 23 blocks in place of --learning_rate, 0 leaves a block as it is: 0 embeddings, "
+        "1-9 input blocks, 10-12 middle blocks, 13-21 output blocks, 22 last layers",
         metavar="X,X,...",
     )
 

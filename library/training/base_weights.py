@@ -114,7 +114,7 @@ def merge_base_networks(networks: Sequence[BaseNetwork], model: Family) -> None:
             for network in networks:  # in their order, since not all of them add something
                 _merge_loras([network], parts) if network in plain else _merge_foreign(network, modules, parts)
     for network in networks:
-        console.notice(f"merged into the model: {network.path.name}, {network.multiplier:g} times")
+        console.notice(f"merged into the model: {network.path.name}, at strength {network.multiplier:g}")
 
 
 def _merge_loras(networks: Sequence[BaseNetwork], parts: Parts) -> None:

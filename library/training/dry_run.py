@@ -201,6 +201,8 @@ class Written:
     """The steps whose files are there at the end."""
     each: int = 0
     """Bytes after each step; 0 for what is small."""
+    replaces: bool = False
+    """Whether there is a file or folder of that name now."""
 
     @property
     def at_the_end(self) -> int:
@@ -247,7 +249,8 @@ def planned(run: Outlook, method: Method, sizes: Sizes) -> list[Written]:
             save("epochs", options.epoch_stem(at.epoch), at.epoch, at.step)
     end = run.progress.total_steps
     models = [method.target(beside(f"{run.target.name}{average}")) for average in averages]
-    last = [Written("result", [end], [models], {end}, sizes.saved * len(averages))]
+    replaces = any(path.exists() for path in models)
+    last = [Written("result", [end], [models], {end}, sizes.saved * len(averages), replaces)]
     if options.save_state or options.save_state_on_train_end:
         last.append(Written("last state", [end], [[beside(f"{run.target.name}{SUFFIX}")]], {end}, sizes.state))
     if run.settings[PreviewOptions].sample_at_first and run.plans.prompts and run.progress.step == 0:
@@ -276,11 +279,14 @@ def _of_files(run: Outlook, method: Method, sizes: Sizes) -> Iterator[str]:
     for one in written:
         yield from _of_kind(one, run.target.parent)
     yield from _of_validation(run, method, sizes)
-    most = sum(one.at_the_end for one in written) + max((one.each for one in written), default=0)
-    most += sizes.saved * len(_averages(run)) * run.settings[ValidationOptions].save_best
+    stays = sum(one.at_the_end for one in written)
+    stays += sizes.saved * len(_averages(run)) * run.settings[ValidationOptions].save_best
+    besides = max((one.each for one in written), default=0)
     folder = next(path for path in (run.target.parent, *run.target.parent.parents) if path.exists())
     free = shutil.disk_usage(folder).free
-    yield f"this takes about {_shown(most)} of the disk, which has {_shown(free)} free"
+    most = stays + besides
+    yield f"this takes about {_shown(stays)} of the disk, and up to {_shown(most)} on the way, because what is new is"
+    yield f"written before what it replaces is removed; {_shown(free)} are free"
     if most > free:
         console.warn(
             f"{folder} has too little space: keep fewer files with --save_last_n_epochs or --save_last_n_steps"
@@ -290,8 +296,9 @@ def _of_files(run: Outlook, method: Method, sizes: Sizes) -> Iterator[str]:
 def _of_kind(one: Written, folder: Path) -> Iterator[str]:
     steps = ", ".join(_few([str(step) for step in one.steps]))
     stay = f", {len(one.staying)} of them stay" if len(one.staying) < len(one.steps) else ""
-    size = f", {_shown(one.each)} each time" if one.each else ""
-    yield f"  {one.what}: after step{'s' * (len(one.steps) > 1)} {steps}{stay}{size}"
+    size = f", {_shown(one.each)}{' each time' * (len(one.steps) > 1)}" if one.each else ""
+    old = ", in place of what is there now" if one.replaces else ""
+    yield f"  {one.what}: after step{'s' * (len(one.steps) > 1)} {steps}{stay}{size}{old}"
     names = [str(path.relative_to(folder)) for paths in one.paths for path in paths]
     yield from (f"    {name}" for name in _few(names))
 

@@ -37,7 +37,7 @@ from library.training.preflight import Plans
 from library.training.preservation import check_engine
 from library.training.resuming import resume
 from library.training.resuming.state import Progress
-from library.training.resuming.states import StateFolder
+from library.training.resuming.states import StateFolder, note_others
 from library.training.shared_scan import scan_together
 
 
@@ -82,6 +82,8 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
     accelerator, formats = make_accelerator(settings, info.family, log)
     resumed = resume.agree_on_state(plans.resume)
     method.settle_output(info, target, resumed=resumed and resumed.facts)
+    if resumed is None:
+        note_older_run(plans.output_dir, settings[SaveOptions].name, method.target(target))
     if settings[EmaOptions].ema and engines.spreads(accelerator):
         raise UserError(
             "--ema needs all weights in each process, which FSDP and DeepSpeed spread: leave one of them out"
@@ -126,6 +128,13 @@ def look_ahead(settings: Settings, plans: Plans, method: Method, script: Script)
         progress,
         base_networks,
     )
+
+
+def note_older_run(output_dir: Path, name: str, result: Path) -> None:
+    """Say what a new run finds under its name: the result that it replaces, and states that it does not go on with."""
+    if result.exists():
+        console.notice(f"{result} is there already and is replaced when the run is over")
+    note_others(output_dir, name)
 
 
 def settle_seed(wanted: int | None, resumed: StateFolder | None) -> int:

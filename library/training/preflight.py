@@ -204,8 +204,13 @@ def make_writable(flag: str, name: str, *, make: bool = True) -> Path:
 
 
 def check_prompts(options: PreviewOptions) -> tuple[PromptLine, ...]:
-    """The prompts to paint. Where no preview is due, one may be asked for in the course of the run."""
+    """The prompts to paint. Where no preview is due, one may be asked for in the course of the run, which is said."""
     wanted = options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs
     if wanted and options.sample_prompts is None:
         raise UserError("previews are asked for, but no prompts: give --sample_prompts a file of them")
+    if options.sample_prompts is not None and not wanted:
+        console.notice(
+            "--sample_prompts: previews are painted on request only without --sample_every_n_steps, "
+            "--sample_every_n_epochs or --sample_at_first"
+        )
     return () if options.sample_prompts is None else read_prompts(options.sample_prompts)

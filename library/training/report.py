@@ -19,7 +19,8 @@ def before_training(
     """What will be trained on, for how long, and how fast it is learned."""
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     steps = f"{progress.total_steps} optimizer step{'s' * (progress.total_steps > 1)}"
-    epochs = f"{progress.total_epochs} epoch{'s' * (progress.total_epochs > 1)}"
+    count = round(progress.total_steps / summary.steps_per_epoch, 2)
+    epochs = f"{count:g} epoch{'s' * (count != 1)}"
     lines = [
         "",
         str(summary),

@@ -31,7 +31,7 @@ class FolderRow:
     dataset: int
     folder: str
     kind: str
-    """`train` or `reg`, for regularisation."""
+    """`train`, `preserved` or `reg`, for regularisation."""
     images: int
     repeats: float
     per_epoch: int
@@ -217,7 +217,7 @@ def _folder(table: RecordTable, datasets: Sequence[DatasetConfig], report: Subse
     return FolderRow(
         dataset=report.dataset,
         folder=subset.name,
-        kind="reg" if subset.is_reg else "train",
+        kind="reg" if subset.is_reg else "preserved" if subset.is_preserved else "train",
         images=report.images,
         repeats=subset.num_repeats if subset.images_per_epoch is None else per_epoch / max(report.images, 1),
         per_epoch=per_epoch,

@@ -141,7 +141,7 @@ def _read(
 
 
 def _report_captions(subset: SubsetConfig, listing: Listing, facts: Facts, used: np.ndarray) -> None:
-    """Says which captions may not be what was meant."""
+    """Says which captions may not be what was meant. UserError where all captions have another ending."""
     unusual = [listing.caption_of(row) for row in used[facts.unusual].tolist()]
     if unusual:
         count = counted(len(unusual), "caption is not UTF-8 and is", "captions are not UTF-8 and are")
@@ -149,7 +149,7 @@ def _report_captions(subset: SubsetConfig, listing: Listing, facts: Facts, used:
     missing = [listing.stems[row] for row in used[facts.captions.lengths < 0].tolist()]
     counts = {end: sum(stem + end in listing.others for stem in missing) for end in _CAPTION_EXTENSIONS}
     extension, count = max(counts.items(), key=lambda item: item[1])
-    if not count:
+    if not count or not subset.caption_extension:  # "": class_tokens are the captions
         return
     # They are more likely overlooked than not wanted.
     have = "has" if count == 1 else "have"
@@ -157,8 +157,20 @@ def _report_captions(subset: SubsetConfig, listing: Listing, facts: Facts, used:
     if len(missing) < len(used) or subset.is_reg:
         warn(f"{subset.image_dir}: {found}: the {extension} files are not used")
         return
-    setting = f'set caption_extension = "{extension}" in {subset.place}, or ' if subset.place else ""
-    raise UserError(f"{subset.image_dir}: {found}: {setting}use --caption_extension {extension}")
+    raise UserError(f"{subset.image_dir}: {found}: {_caption_advice(subset, extension)}")
+
+
+def _caption_advice(subset: SubsetConfig, extension: str) -> str:
+    """What to do about captions that have this extension only."""
+    if not subset.place:
+        return f"use --caption_extension {extension}"
+    if subset.is_preserved or subset.caption_extension not in _CAPTION_EXTENSIONS:
+        # An ending of its own is for captions of another kind: those beside them are the wrong ones.
+        return (
+            f'write the {subset.caption_extension} files, or set caption_extension = "" in {subset.place}, so that its '
+            "class_tokens are the captions"
+        )
+    return f'set caption_extension = "{extension}" in {subset.place}, or use --caption_extension {extension}'
 
 
 def _report_stray_captions(listing: Listing) -> int:

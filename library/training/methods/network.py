@@ -113,7 +113,8 @@ class NetworkMethod(Method):
         start, name = self._start(), self.options.network_module
         tensors = network_weights.read_network(start) if start else {}
         try:
-            self.network = self._made_from(start, tensors) if self.options.dim_from_weights else self._create(model)
+            made = self.options.dim_from_weights
+            self.network = self._made_from(start, tensors, model) if made else self._create(model)
             self._attach(model)
         except UserError as error:
             if network_8_bits.is_cause(error, self.points):
@@ -123,9 +124,9 @@ class NetworkMethod(Method):
         if self.without_values and not raw(self.network):
             raise NotImplementedError(f"{name} makes no network without values")
         if start:
-            tensors = network_weights.with_own_names(self.network, tensors)
-            made = self.options.dim_from_weights
-            network_weights.check_fit(self.network, name, start, tensors, made_from_it=made)
+            with network_weights.naming_family(start, tensors, model):
+                tensors = network_weights.with_own_names(self.network, tensors)
+                network_weights.check_fit(self.network, name, start, tensors, made_from_it=made)
         with self._called("prepare_grad_etc"):
             self.network.prepare_grad_etc(*self._places())
         self.network.to(model.unet.device, torch.float32)
@@ -152,7 +153,7 @@ class NetworkMethod(Method):
             except ValueError as error:
                 raise UserError(f"--network_args: {name} refuses them: {reason(error)}") from error
 
-    def _made_from(self, file: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def _made_from(self, file: Path, tensors: Mapping[str, Tensor], model: Family) -> nn.Module:
         """The network that a file is of."""
         name, keywords = self.options.network_module, dict(self.options.network_keywords)
         if self.options.network_dropout is not None:
@@ -160,7 +161,8 @@ class NetworkMethod(Method):
         make = getattr(self.module, "create_network_from_weights", None)
         if make is None:
             raise UserError(f"--dim_from_weights: {name} cannot make networks from files, leave it out")
-        with self._called("create_network_from_weights", f"--dim_from_weights with {file}"):
+        calling = self._called("create_network_from_weights", f"--dim_from_weights with {file}")
+        with network_weights.naming_family(file, tensors, model), calling:
             network, _ = make(1.0, str(file), None, *self._places(), weights_sd=dict(tensors), **keywords)
         return network
 

@@ -23,6 +23,13 @@ logger = logging.getLogger(__name__)
 _LONGEST = 300  # letters of an error that are shown
 LYCORIS = "lycoris.kohya"
 _PACKAGES = {"lycoris": "lycoris-lora"}  # modules -> what to install, where that has another name
+_LYCORIS_READS = (
+    *("algo", "preset", "conv_dim", "conv_alpha", "dropout", "rank_dropout", "module_dropout", "train_norm", "dora_wd"),
+    *("constraint", "rescaled", "wd_on_output", "full_matrix", "bypass_mode", "rs_lora", "decompose_both", "factor"),
+    *("unbalanced_factorization", "block_size", "use_scalar", "use_tucker", "train_t5xxl", "train_llm_adapter"),
+    *("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
+    *("use_cp", "use_conv_cp", "disable_conv_cp", "constrain"),  # older names
+)  # what its function create_network takes out of its keywords, in version 4.1.3; it passes over others in silence
 
 
 def import_network_module(name: str | None, wanted_by: str = "--network_module") -> ModuleType:
@@ -73,9 +80,13 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def check_arguments(module: ModuleType, keywords: Mapping[str, object]) -> None:
-    """UserError for names in --network_args that LyCORIS would stumble over without saying which it knows."""
+    """UserError for values in --network_args that LyCORIS would stumble over without saying which it knows. A name that
+    it does not read may be one of a newer version, and is said.
+    """
     if module.__name__ != LYCORIS:
         return
+    for name in sorted(keywords.keys() - set(_LYCORIS_READS)):
+        console.warn(f"--network_args: LyCORIS does not read {name}, it has no effect{suggest(name, _LYCORIS_READS)}")
     for name, known in (("algo", module.network_module_dict), ("preset", module.PRESET)):
         value = str(keywords.get(name) or "")
         found = value.lower() in known if name == "algo" else value in known or Path(value).is_file()

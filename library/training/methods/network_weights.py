@@ -1,7 +1,8 @@
 """A network that goes on from the weights in a file: whether they fit it, and how it takes them over."""
 
+import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from library.console import notice, warn
 from library.errors import UserError, some
+from library.models.family import Family
 from library.models.files.checkpoint import open_weights, write_tensors
+from library.models.registry import FAMILIES
 from library.training.methods.network_module import called
 
 Parts = dict[str, dict[str, Tensor]]
@@ -61,6 +64,26 @@ def content(network: nn.Module, name: str, like: Mapping[str, Tensor]) -> dict[s
         network.save_weights(str(draft), None, None)
         with open_weights(draft) as file:
             return file.tensors()
+
+
+@contextlib.contextmanager
+def naming_family(path: Path, tensors: Mapping[str, Tensor], model: Family) -> Iterator[None]:
+    """While it lasts, a UserError about a file for another family of models than this one says just that."""
+    try:
+        yield
+    except UserError as error:
+        with open_weights(path) as file:
+            told = file.metadata.get("ss_base_model_version")
+        titles = {family.base_model_version: family.title for family in FAMILIES}
+        theirs = titles.get(told, "")
+        if not theirs and any(key.startswith(("lora_te1_", "lora_te2_")) for key in tensors):
+            theirs = "SDXL"
+        elif not theirs and any(key.startswith("lora_te_") for key in tensors) and len(model.text_encoders) > 1:
+            theirs = "Stable Diffusion 1.x or 2.x"
+        if theirs in ("", model.title):
+            raise
+        own = model.title
+        raise UserError(f"{_FLAG}: {path} is for {theirs}, and this model is {own}: give one for that") from error
 
 
 def check_fit(network: nn.Module, name: str, path: Path, tensors: Mapping[str, Tensor], *, made_from_it: bool) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from library.console import notice, warn
-from library.errors import UserError, suggest_path
+from library.errors import UserError, some, suggest_path
 from library.replacing import clean_up, put_back, replacing, working_names
 
 MANIFEST, OBJECTS, TENSORS, TRAINED = "state.json", "objects.json", "objects.safetensors", "trained.safetensors"
@@ -97,6 +97,20 @@ def find(wanted: str, output_dir: Path, output_name: str, *, only_looks: bool = 
     if not states:
         raise UserError(f"--resume: {folder} holds no training state: give a folder whose name ends in {SUFFIX}")
     return max(own or states, key=lambda state: (state.written_at, state.step))
+
+
+def note_others(output_dir: Path, output_name: str) -> None:
+    """Say that there are states of a run of this name, for a new one, which does not go on with any."""
+    if not output_dir.is_dir():
+        return
+    own = re.compile(file_names(output_name))
+    found = sorted(path.parent.name for path in output_dir.glob(f"*{SUFFIX}/{MANIFEST}"))
+    found = [name for name in found if own.fullmatch(name)]
+    if found:
+        notice(
+            f"{output_dir} holds states of another run named {output_name} ({some(found)}), and this is a new run: "
+            "--resume latest goes on with the newest of all of them, so choose another --output_name to keep them apart"
+        )
 
 
 def _states_in(folder: Path) -> list[StateFolder]:
