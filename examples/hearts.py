@@ -1,6 +1,7 @@
 """What the examples teach: hearts that are called "sks", a shape and a word that the miniatures do not know."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -40,8 +41,8 @@ def draw_pictures(folder: Path, scenes: Iterable[Scene], mask: Mask | None = Non
         (folder / f"{number:02d}.caption").write_text(scene.caption)
 
 
-def draw_hearts(folder: Path) -> None:
-    """Hearts to learn from in `pictures`, and to measure with in `held_out`."""
-    scenes = hearts(PICTURES + HELD_OUT)
+def draw_hearts(folder: Path, called: str = WORD) -> None:
+    """Hearts to learn from in `pictures`, and to measure with in `held_out`; their captions call them as said."""
+    scenes = [replace(scene, shape=called) for scene in hearts(PICTURES + HELD_OUT)]
     draw_pictures(folder / "pictures" / f"10_{WORD}", scenes[:PICTURES], heart)
     draw_pictures(folder / "held_out" / f"1_{WORD}", scenes[PICTURES:], heart)

@@ -1,5 +1,6 @@
 """What a model knows and paints, measured in the same way whatever it was trained by."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
 TIMESTEPS = range(50, 1000, 100)
 
 
-def mean_loss(model: "Family", folder: Path) -> float:
+def mean_loss(model: "Family", folder: Path, draws: int = 1) -> float:
     """The mean loss over the pictures of a folder, each at the same timesteps and with the same noise every time.
 
-    The folder is laid out like that of --train_data_dir.
+    The folder is laid out like that of --train_data_dir; `draws` is how many different noises each timestep has.
     """
     import torch
     from torch import nn
@@ -42,8 +43,8 @@ def mean_loss(model: "Family", folder: Path) -> float:
     losses = []
     with torch.no_grad():
         latents = step.latents_of(batch)
-        for timestep in TIMESTEPS:
-            noise = sample_noise(latents.shape[1:], [seed + timestep for seed in batch.seeds])
+        for draw, timestep in itertools.product(range(draws), TIMESTEPS):
+            noise = sample_noise(latents.shape[1:], [seed + 1000 * draw + timestep for seed in batch.seeds])
             losses.append(step.losses(batch, latents, noise, torch.full((len(latents),), timestep)))
     return float(torch.stack(losses).mean())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from examples import learning
-from examples.learning import WITH_PRIOR, WITHOUT_PRIOR, Result, methods, shortcomings
+from examples.learning import ASKED, LOST, PLAIN, WITH_PRIOR, Result, methods, shortcomings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
@@ -18,11 +18,12 @@ ROWS = [line.split("|")[1:-1] for line in PAGE.splitlines() if re.search(r"\| \d
 
 def results(**changes: dict[str, float]) -> list[Result]:
     """Of the miniature and of all methods, as good as they should be; changes by the name of a method."""
-    base = Result("", 0.08, 0.03, 0, 0, [])
-    found = [base]
+    base = Result("", 0.08, 0.03, 0.03, 0, ASKED, [])
+    found = [base, base]
     for method in methods(FOLDER):
-        kept = {WITHOUT_PRIOR: 1.5, WITH_PRIOR: 1.1}.get(method.title, 1.0)
-        good = base._replace(title=method.title, hearts=0.99 * (1 - method.gain) * base.hearts, known=kept * base.known)
+        good = base._replace(title=method.title, hearts=0.99 * (1 - method.gain) * base.hearts)
+        if method.title == PLAIN:
+            good = good._replace(circles=0.06, right_circles=LOST)
         found.append(good._replace(**changes.get(method.name, {})))
     return found
 
@@ -55,10 +56,16 @@ def test_what_falls_short_is_named():
 
 
 def test_what_was_forgotten_is_named():
-    forgot = {"dreambooth_with_prior_images": {"known": 0.044}}
-    assert shortcomings(results(**forgot), methods(FOLDER)) == [f"{WITH_PRIOR} forgot too much"]
-    as_good = {"dreambooth": {"known": 0.033}}
-    assert shortcomings(results(**as_good), methods(FOLDER)) == ["prior images made no difference"]
+    for forgot in ({"right_circles": 9}, {"circles": 0.053}, {"circles": float("nan")}):
+        found = shortcomings(results(dreambooth_with_prior_images=forgot), methods(FOLDER))
+        assert found == [f"{WITH_PRIOR} forgot too much"]
+    as_good = shortcomings(results(dreambooth={"right_circles": LOST + 1}), methods(FOLDER))
+    assert as_good == [f"{PLAIN} forgot nothing that prior images could keep"]
+
+
+def test_the_page_shows_the_dataset_file(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert learning.preserving(FOLDER).strip() in PAGE.replace("\\", "/")
 
 
 def test_the_page_shows_every_command(monkeypatch):
@@ -70,9 +77,17 @@ def test_the_page_shows_every_command(monkeypatch):
 
 
 def test_the_figures_of_the_page_are_as_they_should_be():
-    own, *others = [Result(row[0].strip(), float(row[1]), float(row[3]), 0, 0, []) for row in ROWS]
+    own, by_word, *others = [
+        Result(row[0].strip(), float(row[1]), float(row[4]), float(row[6]), _first(row[3]), _first(row[5]), [])
+        for row in ROWS
+    ]
     assert [result.title for result in others] == [method.title for method in methods(FOLDER)]
-    assert not shortcomings([own, *others], methods(FOLDER))
+    assert not shortcomings([own, by_word, *others], methods(FOLDER))
+
+
+def _first(cell: str) -> int:
+    """How many, of `4 of 6`."""
+    return int(cell.split()[0])
 
 
 def test_the_pictures_of_the_page_are_small():

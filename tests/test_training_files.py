@@ -76,7 +76,7 @@ def test_a_run_ends_well_and_says_what_it_did(work):
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert re.search(r"3_sks circle +train +4 +3 +12", result.stdout)
-    assert "8 optimizer steps in 2 epochs" in result.stdout
+    assert "8 optimizer steps in 1.14 epochs" in result.stdout
     assert re.search(r"unet: weights changed by \d+\.\d+% of their size", result.stdout)
 
 
