@@ -12,27 +12,10 @@ from typing import Any, NoReturn
 
 from library import console
 from library.errors import UserError, suggest
-from library.options import (
-    ConfigOptions,
-    DreamBoothOptions,
-    FineTuneOptions,
-    NetworkOptions,
-    Option,
-    SdxlFineTuneOptions,
-    Settings,
-    TextualInversionOptions,
-    options_of,
-)
+from library.options import METHODS, ConfigOptions, Option, Settings, options_of
 from library.program_arguments import hide
 from library.toml_file import read_toml
 
-_SCRIPTS = {
-    NetworkOptions: ("train_network.py", "sdxl_train_network.py"),
-    DreamBoothOptions: ("train_db.py",),
-    FineTuneOptions: ("fine_tune.py",),
-    SdxlFineTuneOptions: ("sdxl_train.py",),
-    TextualInversionOptions: ("train_textual_inversion.py", "sdxl_train_textual_inversion.py"),
-}
 _OF_THE_FILE_ITSELF = frozenset(option.name for option in options_of(ConfigOptions))
 
 
@@ -89,7 +72,7 @@ def parse(
     given, rest = parser.parse_known_args(argv)
     _hide_secrets(options, vars(given))
     if rest:
-        raise UserError(_stray(rest, argv, options))
+        raise UserError(_stray(rest, argv, groups, options))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
     config_file, output_config = values.get("config_file"), values.get("output_config", False)
     if config_file is not None and not output_config:
@@ -177,11 +160,11 @@ def _reader(option: Option) -> Callable[[str], Any]:
     return read
 
 
-def _stray(rest: Sequence[str], argv: Sequence[str], options: Mapping[str, Option]) -> str:
+def _stray(rest: Sequence[str], argv: Sequence[str], groups: Sequence[type], options: Mapping[str, Option]) -> str:
     """The sentence about the first of the words that belong to no flag."""
     for word in rest:
         if word.startswith("-"):
-            return _unknown(word.partition("=")[0], options)
+            return _unknown(word.partition("=")[0], groups, options)
     word = rest[0]
     for before, after in pairwise(argv):
         option = options.get(before.removeprefix("--"))
@@ -190,15 +173,16 @@ def _stray(rest: Sequence[str], argv: Sequence[str], options: Mapping[str, Optio
     return f"{word!r} belongs to no option, put values with spaces in quotes"
 
 
-def _unknown(flag: str, options: Mapping[str, Option]) -> str:
-    """The sentence about a flag that a script with these options does not have."""
+def _unknown(flag: str, groups: Sequence[type], options: Mapping[str, Option]) -> str:
+    """The sentence about a flag that a script with these groups of options does not have."""
     flags = [option.spelling for option in options.values() if not option.details.positional]
     if numbered := [own for own in flags if own[:-1] == flag and own[-1].isdigit()]:
         return f"{flag}: unknown option, did you mean {' or '.join(numbered)}?"
-    if flag == "--train_text_encoder" and "stop_text_encoder_training" in options:
-        return f"{flag}: leave it out, this script trains it unless --stop_text_encoder_training -1 is given"
-    groups = [group for group in _SCRIPTS if flag in (option.spelling for option in options_of(group))]
-    if scripts := [script for group in groups for script in _SCRIPTS[group]]:
+    for group in groups:
+        if flag in getattr(group, "instead", {}):
+            return f"{flag}: {group.instead[flag]}"
+    takers = [group for group in METHODS if flag in (option.spelling for option in options_of(group))]
+    if scripts := [script for group in takers for script in group.scripts]:
         return f"{flag}: this script has no such option, but {' and '.join(scripts)}"
     return f"{flag}: unknown option{suggest(flag, flags)}"
 

@@ -16,18 +16,15 @@ from hypothesis import given, settings, strategies
 from library import cli, options
 from library.errors import UserError
 from library.options import (
+    METHODS,
     CacheOptions,
     DatasetOptions,
-    DreamBoothOptions,
-    FineTuneOptions,
     FullModelOptions,
     MetadataOptions,
     NetworkOptions,
     OptimizerOptions,
     PreviewOptions,
     SchedulerOptions,
-    SdxlFineTuneOptions,
-    TextualInversionOptions,
     TrainingOptions,
     options_of,
 )
@@ -37,8 +34,6 @@ from library.options.logging import LogOptions
 from library.training.preflight import tell_of_relics
 
 GROUPS = [value for name, value in vars(options).items() if name.endswith("Options") and value is not FullModelOptions]
-# A script has one of them.
-METHODS = (DreamBoothOptions, FineTuneOptions, SdxlFineTuneOptions, NetworkOptions, TextualInversionOptions)
 FLAGS = [option for group in GROUPS if group not in METHODS or group is NetworkOptions for option in options_of(group)]
 
 TABLES = Path(__file__).parent / "data" / "flags"

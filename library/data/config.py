@@ -202,6 +202,11 @@ def _check_kind(kind: str, kinds: frozenset[str], where: str) -> None:
     )
 
 
+def preserved_subset(datasets: Sequence[DatasetConfig]) -> SubsetConfig | None:
+    """The first whose samples are to keep what the model says of them."""
+    return next((subset for dataset in datasets for subset in dataset.subsets if subset.is_preserved), None)
+
+
 def with_alpha_masks(datasets: Sequence[DatasetConfig]) -> bool:
     """Whether the transparency of some images is their mask."""
     return any(subset.images.alpha_mask for dataset in datasets for subset in dataset.subsets)

@@ -32,6 +32,8 @@ from library.options.textual_inversion import TextualInversionOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 
+# Of which every training script takes one.
+METHODS = (NetworkOptions, DreamBoothOptions, FineTuneOptions, SdxlFineTuneOptions, TextualInversionOptions)
 # What every training script takes, in the order of its --help.
 TRAINING = (
     ModelOptions,
@@ -60,6 +62,7 @@ TRAINING = (
 )
 
 __all__ = [
+    "METHODS",
     "TRAINING",
     "AttentionOptions",
     "CacheOptions",

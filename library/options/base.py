@@ -11,9 +11,10 @@ import math
 import re
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from library.errors import UserError, suggest
 
@@ -198,15 +199,20 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodOptions:
+class MethodOptions(ABC):
     """A method's own group of options, of which a training script has one."""
 
+    scripts: ClassVar[tuple[str, ...]]
+    """Those that take it."""
+    instead: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
+    """By flags of other scripts, what these are to do without them."""
+
     @property
+    @abstractmethod
     def trains_text_encoder(self) -> bool:
         """Whether gradients may pass through a text encoder, as far as flags tell."""
-        raise NotImplementedError
 
-    def check(self, settings: Settings) -> None:
+    def check(self, settings: Settings) -> None:  # noqa: B027
         """UserError for files that are missing and for what contradicts other groups. Says what has no effect."""
 
 

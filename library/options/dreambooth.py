@@ -1,6 +1,8 @@
 """DreamBooth with Stable Diffusion 1.x and 2.x."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from library.errors import UserError
@@ -15,6 +17,10 @@ class DreamBoothOptions(OneEncoderOptions):
     """How long the text encoder is trained beside the U-Net, and how captions are padded."""
 
     log_name: ClassVar[str] = "dreambooth"
+    scripts: ClassVar[tuple[str, ...]] = ("train_db.py",)
+    instead: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"--train_text_encoder": "leave it out, this script trains it unless --stop_text_encoder_training -1 is given"}
+    )
 
     stop_text_encoder_training: int | None = option(
         None,

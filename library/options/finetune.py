@@ -12,6 +12,7 @@ class FineTuneOptions(OneEncoderOptions):
     """The parts that are trained."""
 
     log_name: ClassVar[str] = "finetuning"
+    scripts: ClassVar[tuple[str, ...]] = ("fine_tune.py",)
 
     train_text_encoder: bool = option(False, "train the text encoder, too, not only the U-Net")
 

@@ -1,5 +1,6 @@
 """Training the weights of the model itself: what the result is written as, and what scripts say of its parts."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,11 +39,11 @@ class FullModelOptions(MethodOptions):
         """The learning rate of each block of the U-Net, if they have rates of their own."""
         return None
 
+    @abstractmethod
     def rates(self, learning_rate: float) -> Mapping[str, float]:
         """The learning rate of each part that is asked for: `unet`, and `text_encoder`, numbered from 1 where a model
         has several. `learning_rate` is that of parts without one of their own; parts with 0 are not trained.
         """
-        raise NotImplementedError
 
     def format(self, base: str) -> str:
         """The format to save in, for a model that was read in the format `base`."""
@@ -67,9 +68,9 @@ class OneEncoderOptions(FullModelOptions):
         return self.leaves_out_text_encoder is None and self.learning_rate_te != 0
 
     @property
+    @abstractmethod
     def leaves_out_text_encoder(self) -> str | None:
         """Which flag is there, or is not, so that the text encoder is not trained, as in a sentence; None if it is."""
-        raise NotImplementedError
 
     def rates(self, learning_rate: float) -> dict[str, float]:
         rates = {"unet": learning_rate}

@@ -20,6 +20,7 @@ class NetworkOptions(MethodOptions):
     """The network and its learning rates."""
 
     title: ClassVar[str] = "network"
+    scripts: ClassVar[tuple[str, ...]] = ("train_network.py", "sdxl_train_network.py")
 
     network_module: str | None = option(
         None, "Python module of the network, such as networks.lora, or a .py file", metavar="MODULE"

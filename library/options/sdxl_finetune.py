@@ -15,6 +15,7 @@ class SdxlFineTuneOptions(FullModelOptions):
     """The parts that are trained, and their learning rates."""
 
     log_name: ClassVar[str] = "finetuning"
+    scripts: ClassVar[tuple[str, ...]] = ("sdxl_train.py",)
 
     train_text_encoder: bool = option(False, "train both text encoders, too, not only the U-Net")
     learning_rate_te1: float | None = option(

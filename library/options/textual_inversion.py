@@ -25,6 +25,10 @@ class TextualInversionOptions(MethodOptions):
     """The words, their vectors, and the captions that they are learned from."""
 
     title: ClassVar[str] = "Textual Inversion"
+    scripts: ClassVar[tuple[str, ...]] = (
+        "train_textual_inversion.py",
+        "sdxl_train_textual_inversion.py",
+    )
 
     token_string: str | None = option(
         None,

@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library import console
-from library.data.config import BOTH_KINDS, DatasetConfig, check_combinations, load_datasets, with_alpha_masks
+from library.data.config import (
+    BOTH_KINDS,
+    DatasetConfig,
+    check_combinations,
+    load_datasets,
+    preserved_subset,
+    with_alpha_masks,
+)
 from library.data.config_values import PRESERVES
 from library.errors import UserError, suggest_path
 from library.generation.prompts import PromptLine, read_prompts
@@ -108,7 +115,7 @@ def check_fused(settings: Settings) -> None:
 
 def check_preservation(settings: Settings, datasets: Sequence[DatasetConfig]) -> None:
     """UserError for subsets that are to keep what the model says of them, where it is the model that is trained."""
-    marked = next((subset for dataset in datasets for subset in dataset.subsets if subset.is_preserved), None)
+    marked = preserved_subset(datasets)
     if marked and NetworkOptions not in settings.groups:
         raise UserError(
             f"{marked.where('custom_attributes')}: {PRESERVES} needs a network beside the model that can be switched "

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from library.data.batch import Batch
-from library.data.config import DatasetConfig
+from library.data.config import DatasetConfig, preserved_subset
 from library.data.config_values import PRESERVES
 from library.errors import UserError
 from library.models.family import Family
@@ -28,7 +28,7 @@ def preserved(batch: Batch) -> list[int]:
 
 def check_engine(datasets: Sequence[DatasetConfig], accelerator: Accelerator) -> None:
     """UserError where the processes could not go on together: FSDP lets all of them compute alike, or none."""
-    marked = next((subset for dataset in datasets for subset in dataset.subsets if subset.is_preserved), None)
+    marked = preserved_subset(datasets)
     if marked and engines.engine(accelerator) == "fsdp":
         raise UserError(
             f"{marked.where('custom_attributes')}: {PRESERVES} does not work under FSDP, whose processes have to "

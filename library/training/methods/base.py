@@ -44,7 +44,9 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, model: Family) -> nn.Module:
-        """Freeze what is not trained and return the module that holds what is. Called once, before everything below."""
+        """Freeze what is not trained and return the module that holds what is. Called once for the model of the run,
+        before everything below that needs weights.
+        """
 
     @abstractmethod
     def parameter_groups(self) -> list[ParameterGroup]:
