@@ -19,9 +19,10 @@ from library.toml_file import read_toml
 _OF_THE_FILE_ITSELF = frozenset(option.name for option in options_of(ConfigOptions))
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], interrupted: str = "what is written so far stays") -> None:
     """Run a script's main function: a user's mistake is one sentence and exit status 2, so is a package that is not
-    installed; Ctrl-C is exit status 130, SIGTERM 143, and what is to be tidied up at the end is tidied up.
+    installed; Ctrl-C is exit status 130, and `interrupted` says what comes of it; SIGTERM is 143. What is to be tidied
+    up at the end is tidied up.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -35,7 +36,7 @@ def run(main: Callable[[], None]) -> None:
         console.error(_not_installed(error.name))
         sys.exit(2)
     except KeyboardInterrupt:
-        console.error("interrupted: what is written so far stays")
+        console.error(f"interrupted: {interrupted}")
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what ends with the interpreter cannot be left by an exception
@@ -143,7 +144,8 @@ def _add(section: Any, option: Option, default: Any) -> None:
             help += f" (one of: {', '.join(map(str, option.details.choices))})"
         if default not in (None, ""):
             help += f" [{default}]"
-    section.add_argument(option.spelling, help=help.replace("%", "%%"), **keywords)
+    short = [f"-{option.details.short}"] if option.details.short else []
+    section.add_argument(*short, option.spelling, help=help.replace("%", "%%"), **keywords)
     for alias in option.details.aliases:
         section.add_argument(f"--{alias}", help=argparse.SUPPRESS, dest=option.name, **keywords)
 

@@ -136,6 +136,16 @@ def _say(level: int, message: str, of_any_process: bool = False) -> None:
 
 
 @contextlib.contextmanager
+def long_list() -> Iterator[None]:
+    """Print a long list inside: a program that reads it, such as `head`, may end when it has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
 def quiet_dependencies(log_file: Path | None = None) -> Iterator[None]:
     """Keep off the console whatever is printed inside, by Python or by C code; wrap imports of large packages in this.
 

@@ -31,8 +31,14 @@ def suggest_path(path: Path, suffixes: Collection[str] = (), *, folder: bool = F
         entries = [entry for entry in path.parent.iterdir() if entry.is_dir() == folder]
     except OSError:
         return f", nor is there a folder {path.parent}"
-    match = nearest(path.name, [entry.name for entry in entries if not suffixes or entry.suffix.lower() in suffixes])
-    return f", did you mean {path.parent / match}?" if match else ""
+    if not suffixes:
+        match = nearest(path.name, [entry.name for entry in entries])
+        return f", did you mean {path.parent / match}?" if match else ""
+    # endings that all of them have make no names alike
+    entries = sorted((entry.suffix == path.suffix, entry) for entry in entries if entry.suffix.lower() in suffixes)
+    by_stem = {entry.stem: entry for _, entry in entries}
+    match = nearest(path.stem, by_stem, cutoff=0.5)
+    return f", did you mean {by_stem[match]}?" if match else ""
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:

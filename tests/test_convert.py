@@ -129,7 +129,7 @@ def test_the_model_that_is_read_is_not_removed(files, repository, tmp_path, monk
 
 def test_the_reference_is_not_removed(files, repository, tmp_path, monkeypatch):
     shutil.copytree(repository, tmp_path / "repo")
-    with pytest.raises(UserError, match=f"would remove {tmp_path / 'repo'}"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'repo'} is one of the folders to read"):
         convert_here(monkeypatch, files / "sd2.safetensors", tmp_path / "repo", "--reference_model", tmp_path / "repo")
 
 
@@ -174,14 +174,14 @@ def test_a_model_that_says_nothing_can_be_said_to_predict_v(tmp_path, monkeypatc
     ("words", "said"),
     [
         (["{}/sdxl.safetensors", "{}/x", "--v1"], "--v1: {}/sdxl.safetensors is an SDXL model, leave the flag out"),
-        (["{}/sdxl.safetensors", "{}/sdxl.safetensors"], "is the model to load"),
+        (["{}/sdxl.safetensors", "{}/sdxl.safetensors"], "is one of the files to read"),
         (["{}/sdxl.safetensor", "{}/x"], "did you mean {}/sdxl.safetensors?"),
         (["{}/sdxl.safetensors"], "required: model_to_save"),
         (["a", "b", "c"], "'c' belongs to no option"),
         (["a", "b", "--metadata", "title"], "--metadata: title is no JSON object"),
         (["a", "{}/b.safetensor"], "would be a folder, did you mean {}/b.safetensors?"),
         (["a", "{}/b.CKP"], "would be a folder, did you mean {}/b.ckpt?"),
-        (["{}/sdxl.safetensors", "{}/sd2.safetensors", "--vae", "{}/sd2.safetensors"], "is the autoencoder to read"),
+        (["{}/sdxl.safetensors", "{}/sd2.safetensors", "--vae", "{}/sd2.safetensors"], "is one of the files to read"),
         (["a", "b", "--fp16", "--bf16"], "--fp16 and --bf16: weights are loaded in one format"),
     ],
 )

@@ -300,7 +300,7 @@ def test_outputs_that_cannot_be(mistake, save, tmp_path):
     models = ("--models", save("one.safetensors", weights(0)), save("two.safetensors", weights(1)))
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "two.safetensors")
     for name in ("one.safetensors", "link.safetensors"):
-        assert f"{name} is one of the models to merge" in mistake(*models, "--output", tmp_path / name)
+        assert f"{name} is one of the files to read" in mistake(*models, "--output", tmp_path / name)
     assert "ends in none of .safetensors" in mistake(*models, "--output", tmp_path / "out.txt")
     assert hash_file(tmp_path / "two.safetensors") == hash_file(models[2])
 

@@ -102,7 +102,7 @@ def flags_of(script: str) -> dict[str, dict[str, str]]:
         if action.dest == "help":
             continue
         option = there[action.dest]
-        (spelling,) = action.option_strings
+        spelling = " ".join(action.option_strings) or action.dest
         found[spelling] = {
             "dest": action.dest,
             "type": TYPE_NAMES[option.kind],
@@ -214,7 +214,7 @@ def test_key_values(words, pairs):
 
 @pytest.mark.parametrize("word", ["conv_dim", "=4", "conv_dim,conv_alpha=1"])
 def test_key_values_name_the_flag_of_a_word_that_is_no_pair(word):
-    with pytest.raises(UserError, match=r"^--network_args: '.*' is not written as name=value$"):
+    with pytest.raises(UserError, match=r"^--network_args: '.*' is not written as name=value, without spaces$"):
         NetworkOptions(network_args=(word,))
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.training.device.precision import SAVED
+from library.models.number_formats import NUMBER_FORMATS
 from tests.answers import RAW, Order
 from tests.trajectories import data_for
 
@@ -96,7 +96,7 @@ def all_cases() -> list[Case]:
     for method, (kind, *_, formats) in METHODS.items():
         left_out = (set() if kind == "network" else OF_NETWORKS) | (set() if method in COMPILED else {"compiled"})
         features = [name for name in FEATURES if name not in left_out]
-        written = list(itertools.product(formats, SAVED))
+        written = list(itertools.product(formats, NUMBER_FORMATS))
         for number in range(max(len(features), len(written))):
             feature = features[number % len(features)]
             cases.append(Case(method, *written[number % len(written)], (feature,)))
@@ -175,7 +175,7 @@ def check_tensors(case: Case, path: Path) -> None:
     assert tensors
     assert not [name for name in tensors if "_orig_mod" in name or "module." in name]
     numbers = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
-    assert {tensor.dtype for tensor in numbers} == {SAVED[case.precision]}
+    assert {tensor.dtype for tensor in numbers} == {NUMBER_FORMATS[case.precision]}
     assert all(tensor.isfinite().all() for tensor in numbers)
     if METHODS[case.method][0] == "network":
         layers = {name.rsplit(".", 2)[0] for name in tensors if name.endswith(".lora_down.weight")}

@@ -11,10 +11,9 @@ from library.errors import UserError, some
 from library.models.files.folder_files import COMPONENTS
 from library.models.files.hub import find_model
 from library.options.convert import ConvertOptions
+from library.tool_files import check_apart
 
 if TYPE_CHECKING:
-    import torch
-
     from library.models.noise import Prediction
     from library.models.registry import ModelInfo
 
@@ -30,11 +29,10 @@ def main() -> None:
     target = options.model_to_save
     reference = find_model(options.reference_model, "--reference_model") if options.reference_model else None
     vae = find_model(options.vae, "--vae") if options.vae else None
-    for source, what in ((path, "the model to load"), (vae, "the autoencoder to read")):
-        if source and target.exists() and target.samefile(source):
-            raise UserError(f"{target} is {what}, choose another name for what is written")
+    check_apart("model_to_save", target, [source for source in (path, vae, reference) if source])
     with console.quiet_dependencies():
         from library.models.diffusers_writer import check_replaceable, write_folder
+        from library.models.number_formats import NUMBER_FORMATS
         from library.models.registry import inspect_model
         from library.models.writing import overflowing
     if not options.to_file:
@@ -45,10 +43,9 @@ def main() -> None:
     check_family(info, options)
     prediction = predicted(info, options)
     metadata = said(info, options) | options.fields()
-    formats = number_formats()
-    model = info.load(formats[options.loaded_as])
+    model = info.load(NUMBER_FORMATS.get(options.loaded_as))
     model.prediction = prediction
-    saved = formats[options.saved_as]
+    saved = NUMBER_FORMATS.get(options.saved_as)
     if names := overflowing(model, saved):
         console.warn(
             f"{target}: {len(names)} tensors hold values that are too large for --save_precision_as "
@@ -69,16 +66,9 @@ def has_variant(path: Path, variant: str) -> bool:
 
 def check_family(info: "ModelInfo", options: ConvertOptions) -> None:
     """UserError if the model is not of the family that a flag names."""
-    article = "an" if info.family.name == "sdxl" else "a"
     for flag, name in _FAMILIES.items():
         if getattr(options, flag) and info.family.name != name:
-            raise UserError(f"--{flag}: {info.name} is {article} {info.family.title} model, leave the flag out")
-
-
-def number_formats() -> dict[str | None, "torch.dtype | None"]:
-    import torch
-
-    return {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
+            raise UserError(f"--{flag}: {info.name} is {info.family.as_kind()}, leave the flag out")
 
 
 def predicted(info: "ModelInfo", options: ConvertOptions) -> "Prediction":
@@ -107,4 +97,4 @@ def said(info: "ModelInfo", options: ConvertOptions) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "nothing is written")

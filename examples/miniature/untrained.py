@@ -21,6 +21,7 @@ with console.quiet_dependencies():
     from examples.miniature.configs import UNTRAINED, Config, Structure
     from library.models.family import Family
     from library.models.noise import DDPM
+    from library.models.number_formats import NUMBER_FORMATS
     from library.models.sgm_keys import (
         CLIP_PREFIX,
         OPEN_CLIP_PREFIX,
@@ -29,7 +30,6 @@ with console.quiet_dependencies():
         open_clip_key_map,
     )
     from library.models.text import TextEncoder
-    from library.training.device.precision import SAVED
 
 LOGIT_SCALE = math.log(100)  # where CLIP's training stops it
 
@@ -103,10 +103,10 @@ def main() -> None:
     parser.add_argument("--family", choices=tuple(UNTRAINED), required=True)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .safetensors or .ckpt file")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--save_precision", choices=tuple(SAVED), default="fp16")
+    parser.add_argument("--save_precision", choices=tuple(NUMBER_FORMATS), default="fp16")
     options = parser.parse_args()
     console.setup(None)
-    untrained(options.family, options.seed).save(options.output, SAVED[options.save_precision])
+    untrained(options.family, options.seed).save(options.output, NUMBER_FORMATS[options.save_precision])
 
 
 if __name__ == "__main__":

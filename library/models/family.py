@@ -96,6 +96,11 @@ class Family(nn.Module, ABC):
     def tokenizers(cls) -> dict[str, Tokenizer]:
         """The tokenizers of its text encoders, by the encoders' usual names."""
 
+    @classmethod
+    def as_kind(cls) -> str:
+        """What a model of this family is, as in a sentence."""
+        return f"{'an' if cls.title.startswith('SD') else 'a'} {cls.title} model"
+
     @property
     @abstractmethod
     def architecture(self) -> str:

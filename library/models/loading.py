@@ -30,6 +30,26 @@ def load_vae(
     return model.eval()
 
 
+def load_text_encoders(
+    family: type[Family],
+    file: WeightsFile,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Family:
+    """A model whose text encoders are read, in evaluation mode, and nothing else: its other weights are nowhere.
+
+    UserError if they are not complete.
+    """
+    model = outline(family, file)
+    keys, encoders = usual_keys(file), [encoder.model for encoder in model.text_encoders]
+    for module, names in model.components().values():
+        if any(module is encoder for encoder in encoders):
+            _fill(module, names, file, keys, dtype=dtype, device=device)
+    model.rebuild_buffers(device)
+    _assert_materialised(model.text_encoders)
+    return model.eval()
+
+
 def load(
     family: type[Family],
     file: WeightsFile,

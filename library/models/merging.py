@@ -1,12 +1,12 @@
 """Weighted sums of checkpoints in the original layout, made tensor by tensor while they are written."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from library.models.files.checkpoint import (
     LazyTensors,
     WeightsFile,
     hash_file,
+    is_finite,
     open_weights,
     stores_metadata,
     write_tensors,
@@ -36,7 +37,7 @@ _FAMILIES = {
     "cond_stage_model.transformer.": "a Stable Diffusion 1.x model",
 }
 _CONTEXT = ".attn2.to_k.weight"  # its width is that of the text, which tells U-Nets of SD 1.x and 2.x apart
-_INHERITED = tuple(f"modelspec.{name}" for name in ("architecture", "prediction_type", "resolution"))
+INHERITED = tuple(f"modelspec.{name}" for name in ("architecture", "prediction_type", "resolution"))
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class MergedTensors(LazyTensors):
 
     def __getitem__(self, key: str) -> Tensor:
         sources, recipe = self._sources[key], self._recipe
-        total = _read(self._files[0], key)
+        total = read_tensor(self._files[0], key)
         if not total.is_floating_point():
             return total
         stored = recipe.stored or total.dtype
@@ -103,7 +104,7 @@ class MergedTensors(LazyTensors):
             return total.to(stored)
         total = total.to(recipe.device, recipe.dtype).mul_(recipe.ratios[0])
         for file, name, ratio in zip(self._files[1:], sources[1:], recipe.ratios[1:], strict=True):
-            total.add_(_read(file, name).to(recipe.device, recipe.dtype), alpha=ratio)
+            total.add_(read_tensor(file, name).to(recipe.device, recipe.dtype), alpha=ratio)
         return total.to("cpu", stored)
 
     def outlines(self) -> Mapping[str, Tensor]:
@@ -115,14 +116,16 @@ class MergedTensors(LazyTensors):
         return outline.to(self._recipe.stored) if self._recipe.stored and outline.is_floating_point() else outline
 
 
-def _read(file: WeightsFile, key: str) -> Tensor:
+def read_tensor(file: WeightsFile, key: str, dtype: torch.dtype | None = None) -> Tensor:
+    """As `WeightsFile.get`. UserError also if the disk does not give it."""
     try:
-        return file.get(key)
+        return file.get(key, dtype)
     except OSError as error:  # said here, since in the middle of writing it would look like a mistake of the output's
         raise UserError(f"{file.path} cannot be read: {error.strerror}") from error
 
 
-def _verify(file: WeightsFile) -> None:
+def verify(file: WeightsFile) -> None:
+    """As `WeightsFile.verify`. UserError also if the disk does not give it."""
     try:
         file.verify()
     except OSError as error:
@@ -172,20 +175,16 @@ def merge_models(models: Sequence[Path], output: Path, recipe: Recipe, show_skip
         files = [stack.enter_context(open_weights(path)) for path in models]
         merged = MergedTensors(files, recipe)
         for file in files:
-            _verify(file)
+            verify(file)
         _tell(files, merged, recipe, show_skipped)
         metadata = merged_metadata(files, recipe, output.stem) if stores_metadata(output) else None
         with progress_bar(total=len(merged), desc="merging", unit="tensor", delay=1, leave=False) as bar:
-            watched = _Watched(merged, bar)
+            watched = Watched(merged, bar)
             write_tensors(output, watched, None, metadata, content_hash=True, beside={})
-    if watched.not_finite:
-        console.warn(
-            f"{output}: {len(watched.not_finite)} tensors hold values that are not finite, or too large for the number "
-            f"format they are saved in: {some(sorted(watched.not_finite))}"
-        )
+    warn_not_finite(output, watched.not_finite)
 
 
-class _Watched(LazyTensors):
+class Watched(LazyTensors):
     """The same tensors; shows progress and notes those that are not finite."""
 
     def __init__(self, tensors: LazyTensors, bar: tqdm | Lines):
@@ -201,13 +200,21 @@ class _Watched(LazyTensors):
     def __getitem__(self, key: str) -> Tensor:
         tensor = self._tensors[key]
         self._bar.update()
-        # torch has no test for 8-bit floats
-        if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
+        if not is_finite(tensor):
             self.not_finite.add(key)
         return tensor
 
     def outlines(self) -> Mapping[str, Tensor]:
         return self._tensors.outlines()
+
+
+def warn_not_finite(output: Path, names: Collection[str]) -> None:
+    """Tell of the tensors in what has been written that are not finite, if there are any."""
+    if names:
+        console.warn(
+            f"{output}: {len(names)} tensors hold values that are not finite, or too large for the number format they "
+            f"are saved in: {some(sorted(names))}"
+        )
 
 
 def _tell(files: Sequence[WeightsFile], merged: MergedTensors, recipe: Recipe, show_skipped: bool) -> None:
@@ -236,33 +243,48 @@ def _told(prediction: Prediction) -> str:
 
 
 def merged_metadata(files: Sequence[WeightsFile], recipe: Recipe, title: str) -> dict[str, str]:
-    """The metadata of a merge: `modelspec.*`, and `sd_merge_*` with the hashes of the files, which are read for it.
+    """The metadata of a merge, for which the files are read; see `provenance`."""
+    sources = [Source.of(file.path) for file in files]
+    return provenance(title, files[0].metadata, sources, _recipe_text(recipe, sources))
 
-    What the first model says of its architecture, prediction and resolution is taken over. No paths, only names.
+
+class Source(NamedTuple):
+    """What something was made from: the names that others may learn, and the hashes, of a file."""
+
+    file_name: str
+    stem: str
+    hashes: Hashes | None
+
+    @classmethod
+    def of(cls, path: Path) -> "Source":
+        return cls(path.name, path.stem, hash_file(path))
+
+
+def provenance(
+    title: str, first: Mapping[str, str], sources: Sequence[Source], recipe: Mapping[str, Any]
+) -> dict[str, str]:
+    """The metadata of a model that was made from others: `modelspec.*`, and `sd_merge_*` with the hashes of the files.
+
+    What the `first` model's metadata say of its architecture, prediction and resolution is taken over. No paths, only
+    names.
     """
-    hashes = [hash_file(file.path) for file in files]
-    first = files[0].metadata
+    hashed = [(source.file_name, source.hashes) for source in sources if source.hashes]
     fields = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": title,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.implementation_version": IMPLEMENTATION_VERSION,
-        "modelspec.merged_from": ", ".join(file.path.stem for file in files),
-        "sd_merge_recipe": json.dumps(_recipe_text(recipe, hashes)),
-        "sd_merge_models": json.dumps(
-            {
-                own.sha256: {"name": file.path.name, "legacy_hash": own.legacy}
-                for file, own in zip(files, hashes, strict=True)
-            }
-        ),
+        "modelspec.merged_from": ", ".join(source.stem for source in sources),
+        "sd_merge_recipe": json.dumps(recipe),
+        "sd_merge_models": json.dumps({own.sha256: {"name": name, "legacy_hash": own.legacy} for name, own in hashed}),
     }
-    return fields | {name: first[name] for name in _INHERITED if name in first}
+    return fields | {name: first[name] for name in INHERITED if name in first}
 
 
-def _recipe_text(recipe: Recipe, hashes: Sequence[Hashes]) -> dict[str, Any]:
+def _recipe_text(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
     return {
         "type": "atelier",
-        "models": [own.sha256 for own in hashes],
+        "models": [source.hashes.sha256 for source in sources],
         "ratios": list(recipe.ratios),
         "unet_only": recipe.unet_only,
         "precision": str(recipe.dtype).removeprefix("torch."),

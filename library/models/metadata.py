@@ -86,7 +86,7 @@ _EMBEDDING_SETTINGS = {
 # Dataset options that have no place of their own where `ss_datasets` lists the datasets.
 _SUBSET_SETTINGS = {"color_aug": False, "random_crop": False}
 # What a reader needs to use a file; all that is left with --no_metadata.
-_ESSENTIAL = (
+ESSENTIAL = (
     "ss_base_model_version",
     "ss_network_alpha",
     "ss_network_args",
@@ -152,7 +152,7 @@ def network_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, st
     if settings.get("base_weights"):
         fields["ss_base_weights"] = json.dumps(settings["base_weights"])
     if settings.get("no_metadata"):
-        fields = {name: fields[name] for name in _ESSENTIAL if name in fields}
+        fields = {name: fields[name] for name in ESSENTIAL if name in fields}
     return fields | modelspec(settings, run, "lora")
 
 
@@ -161,7 +161,7 @@ def embedding_metadata(settings: Mapping[str, Any], run: RunFacts) -> dict[str, 
     own = {name: settings.get(name, default) for name, default in _EMBEDDING_SETTINGS.items()}
     fields = training_metadata(settings, run) | {f"ss_{name}": _text(value) for name, value in own.items()}
     if settings.get("no_metadata"):
-        fields = {name: fields[name] for name in _ESSENTIAL if name in fields}
+        fields = {name: fields[name] for name in ESSENTIAL if name in fields}
     return fields | modelspec(settings, run, "textual-inversion")
 
 

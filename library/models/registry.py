@@ -149,6 +149,11 @@ class ModelInfo:
         with self.open() as file:
             return loading.load_vae(self.family, file, dtype, device)
 
+    def load_text_encoders(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
+        """Read the model's text encoders alone; see `loading.load_text_encoders`."""
+        with self.open() as file:
+            return loading.load_text_encoders(self.family, file, dtype, device)
+
     def load(
         self,
         dtype: torch.dtype | None = torch.float32,

@@ -36,6 +36,7 @@ class _Details:
     minimum: float | None
     secret: bool
     positional: bool
+    short: str | None
 
 
 def option(
@@ -48,13 +49,15 @@ def option(
     minimum: float | None = None,
     secret: bool = False,
     positional: bool = False,
+    short: str | None = None,
 ) -> Any:
     """A dataclass field that is a flag, or, if `positional`, a word that has to be given without one.
 
     `metavar` stands for the value in --help. `aliases` are old spellings (without dashes) that still work but are not
-    shown. `minimum` is the smallest value accepted. A `secret` value is never written or shown anywhere.
+    shown; `short` is a letter that stands for the flag behind a single dash. `minimum` is the smallest value accepted.
+    A `secret` value is never written or shown anywhere.
     """
-    details = _Details(help, metavar, tuple(choices), tuple(aliases), minimum, secret, positional)
+    details = _Details(help, metavar, tuple(choices), tuple(aliases), minimum, secret, positional, short)
     return dataclasses.field(default=default, repr=not secret, metadata={_KEY: details})
 
 
@@ -229,6 +232,6 @@ def parse_key_values(words: Iterable[str], flag: str) -> dict[str, str]:
             if not pair:
                 continue
             if not equals or not name.strip():
-                raise UserError(f"{flag}: {pair.strip()!r} is not written as name=value")
+                raise UserError(f"{flag}: {pair.strip()!r} is not written as name=value, without spaces")
             pairs[name.strip()] = value.strip()
     return pairs

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from library.errors import UserError, nearest
+from library.errors import UserError
 from library.options.base import option
 from library.suffixes import WEIGHTS_SUFFIXES
+from library.tool_files import check_ending
 
 _FORMATS = ("fp16", "bf16", "float")
 
@@ -52,17 +53,7 @@ class ConvertOptions:
             raise UserError(f"{' and '.join(given)}: weights are loaded in one format, give one of them")
         self.fields()
         if self.model_to_save is not None:
-            self._check_ending(self.model_to_save)
-
-    def _check_ending(self, target: Path) -> None:
-        """UserError if a target would become a folder only because the ending of a file is mistyped."""
-        suffix = target.suffix.lower()
-        like = nearest(suffix, WEIGHTS_SUFFIXES) if len(suffix) > 3 and suffix[1:].isalpha() else None
-        if like and like != suffix and not target.is_dir():
-            raise UserError(
-                f"model_to_save: {target} ends almost like a file and would be a folder, did you mean "
-                f"{target.with_suffix(like)}?"
-            )
+            check_ending("model_to_save", self.model_to_save)
 
     @property
     def to_file(self) -> bool:

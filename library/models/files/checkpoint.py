@@ -13,7 +13,7 @@ from library.errors import UserError, suggest_path
 from library.models.files.pickled_file import PickledFile, write_pickled
 from library.models.files.safetensors_file import SafetensorsFile, lay_out, stream, write_safetensors
 from library.models.files.sharded_file import INDEX_SUFFIX, ShardedFile
-from library.models.files.weights_file import LazyTensors, WeightsFile
+from library.models.files.weights_file import LazyTensors, WeightsFile, is_finite
 from library.replacing import replacing
 from library.suffixes import SAFETENSORS_SUFFIX, WEIGHTS_SUFFIXES
 
@@ -23,10 +23,12 @@ __all__ = [
     "WeightsFile",
     "hash_file",
     "hash_tensors",
+    "is_finite",
     "open_shards",
     "open_weights",
     "stores_metadata",
     "write_tensors",
+    "writing_order",
 ]
 
 _LEGACY_HASH_START, _LEGACY_HASH_BYTES = 0x100000, 0x10000
@@ -107,6 +109,11 @@ def hash_file(path: str | os.PathLike) -> Hashes:
 def stores_metadata(path: str | os.PathLike) -> bool:
     """Whether a file of this name keeps metadata, which only .safetensors does."""
     return Path(path).suffix.lower() == SAFETENSORS_SUFFIX
+
+
+def writing_order(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The order in which `write_tensors`, without another number format, asks for the tensors of this file."""
+    return lay_out(tensors, None, {}).order if stores_metadata(path) else sorted(tensors)
 
 
 def write_tensors(

@@ -10,6 +10,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -251,12 +252,16 @@ def write_safetensors(
         stream(tensors, dtype, order, file.write)
         return
     digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as beside:
+        hashed: list[Future[None]] = []
 
-    def write_and_hash(data: memoryview) -> None:
-        file.write(data)
-        digest.update(data)
+        def write_and_hash(data: memoryview) -> None:
+            hashed.append(beside.submit(digest.update, data))
+            file.write(data)
+            if len(hashed) > 1:  # no more than two tensors are held
+                hashed.pop(0).result()
 
-    stream(tensors, dtype, order, write_and_hash)
+        stream(tensors, dtype, order, write_and_hash)
     field = _compact({CONTENT_HASH: _NO_HASH})[1:-1]  # quotes within other values are escaped, so this is unique
     file.seek(header.index(field))
     file.write(field.replace(_NO_HASH.encode(), f"0x{digest.hexdigest()}".encode()))

@@ -101,6 +101,14 @@ def overflows(tensor: Tensor, dtype: torch.dtype | None) -> bool:
     return bool((extremes.isfinite() & ~extremes.to(dtype).isfinite()).any())
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all of its numbers are finite. For 8-bit floats torch has no test."""
+    if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
+        return True
+    # not a number is both the smallest and the largest: much faster than a test of each
+    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+
+
 def stored_dtype(outline: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The format that `cast` gives."""
     return dtype if dtype is not None and outline.is_floating_point() else outline.dtype

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from library.models.number_formats import NUMBER_FORMATS
 from library.options.precision import PrecisionOptions
 from library.options.saving import SaveOptions
 
 MIXED = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SAVED = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,5 @@ def choose(options: PrecisionOptions, saving: SaveOptions, mixed: str) -> Precis
         frozen=frozen,
         trained=frozen if options.full else torch.float32,
         vae=torch.float32 if options.no_half_vae else frozen,
-        saved=SAVED.get(saving.save_precision, frozen),
+        saved=NUMBER_FORMATS.get(saving.save_precision, frozen),
     )

@@ -1,0 +1,22 @@
+"""Where a tool computes."""
+
+import torch
+
+from library.errors import UserError
+
+
+def usable_device(name: str | None, decomposing: bool = False) -> torch.device:
+    """The device that --device names, the CPU without a name. UserError if it cannot be used here, or, for a tool that
+    is `decomposing` matrices, cannot do that in float64.
+    """
+    name = name or "cpu"
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device: {name} cannot be used on this machine, leave it out for cpu") from error
+    if decomposing:
+        try:
+            torch.linalg.svd(torch.linalg.qr(torch.ones(1, 1, dtype=torch.float64).to(name)).R)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise UserError(f"--device: {name} cannot decompose matrices in float64, leave it out for cpu") from error
+    return torch.device(name)
