@@ -197,7 +197,7 @@ def test_an_output_folder_that_cannot_be_written(mistake, tmp_path):
         ({"learning_rat": "1e-4"}, "--learning_rat: unknown option, did you mean --learning_rate?"),
         (
             {"network_module": "networks.lor"},
-            "--network_module: there is no module networks.lor (LoRA is networks.lora)",
+            "--network_module: there is no module networks.lor, ours are networks.lora",
         ),
         ({"network_module": "./networks/lore.py"}, "--network_module: networks/lore.py is no file"),
         ({"network_module": "library.cli"}, "--network_module library.cli is no network module"),

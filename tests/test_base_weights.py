@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.lora.names import named_modules
 from library.models.family import Family
 from library.models.registry import ModelInfo
 from library.options import ModelOptions, NetworkOptions, Settings
@@ -146,6 +147,55 @@ def test_what_fits_in_part_is_merged_and_the_rest_named(info, tmp_path, monkeypa
     assert 0 < int(counts[2]) < int(counts[1]) == len(weights) // 3
 
 
+def test_the_package_that_trained_a_network_is_not_needed(info, tmp_path, monkeypatch):
+    file = write(tmp_path / "a.safetensors", module=LYCORIS, algo="loha", dora_wd="True", train_norm="True")
+    monkeypatch.setattr("library.training.base_weights.import_network_module", None)
+    assert not torch.equal(answer(merged(info(), file)), answer(info().load()))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_kinds_that_only_lycoris_knows_are_merged_by_it_among_others(info, tmp_path, strength):
+    """Whose own layers are ours, in which it would multiply with alpha / rank twice."""
+    weights = {}
+    for start, algorithm in (("lora_te", "loha"), ("lora_unet", "glora")):
+        made = load_file(write(tmp_path / "made.safetensors", module=LYCORIS, algo=algorithm))
+        weights[start] = {key: tensor for key, tensor in made.items() if key.startswith(start)}
+        save_file(weights[start], tmp_path / f"{start}.safetensors")
+    save_file(weights["lora_te"] | weights["lora_unet"], tmp_path / "both.safetensors")
+    both, text, unet = (
+        merged(info(), tmp_path / f"{name}.safetensors", strengths=(strength,)).tensors()
+        for name in ("both", "lora_te", "lora_unet")
+    )
+    for name, plain in info().load().tensors().items():
+        one = text if not torch.equal(text[name], plain) else unet
+        assert torch.equal(both[name], one[name]), name
+    assert sum(not torch.equal(unet[name], text[name]) for name in both) > 30
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_networks_in_the_names_of_diffusers(info, tmp_path, family):
+    """With the same weights as one in our own names."""
+    file = write(tmp_path / "own.safetensors", family)
+    model = make_model(family)
+    layers = {id(layer): name for name, layer in named_modules(model.attach_points()).items()}
+    paths = {
+        layers[id(layer)]: f"{root}.{path}"
+        for root, (part, _) in model.components().items()
+        for path, layer in part.named_modules()
+        if id(layer) in layers
+    }
+    renamed = {}
+    for key, tensor in load_file(file).items():
+        name, _, part = key.partition(".")
+        end = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}.get(part, part)
+        renamed[f"{paths[name]}.{end}"] = tensor
+    assert not any(key.startswith("lora_") for key in renamed)
+    save_file(renamed, tmp_path / "other.safetensors")
+    own, other = (merged(info(family), tmp_path / f"{name}.safetensors").tensors() for name in ("own", "other"))
+    assert all(torch.equal(other[name], tensor) for name, tensor in own.items())
+    assert any(not torch.equal(tensor, own[name]) for name, tensor in info(family).load().tensors().items())
+
+
 # whole runs
 
 
@@ -219,7 +269,7 @@ def test_a_dry_run_merges_nothing_and_finds_what_is_wrong(train, flags, tmp_path
     assert "merged" not in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         train(flags(tmp_path / "out", base_weights=(good, bad), dry_run=True))
-    assert "bad.safetensors cannot be merged into this model by networks.lora" in capsys.readouterr().err
+    assert "bad.safetensors is for another kind of model than this" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -247,7 +297,7 @@ def test_previews_show_what_is_merged(run, tmp_path):
             lambda folder: write(folder / "x.safetensors", "sdxl", **NETWORKS["decomposed"]),
             "is for another kind of model than this",
         ),
-        (lambda folder: write(folder / "2.safetensors", "sd2"), "cannot be merged into this model by networks.lora"),
+        (lambda folder: write(folder / "2.safetensors", "sd2"), "is for another kind of model than this"),
     ],
 )
 def test_mistakes_are_one_sentence(train, flags, tmp_path, capsys, make, sentence):

@@ -153,11 +153,13 @@ def text_encoders(pipeline: DiffusionPipeline) -> nn.Module | list[nn.Module]:
     return pipeline.text_encoder
 
 
-def random_network(pipeline: DiffusionPipeline, seed: int, rank: int = 4, alpha: float = 2.0) -> LoRANetwork:
-    network = create_network(1.0, rank, alpha, pipeline.vae, text_encoders(pipeline), pipeline.unet)
+def random_network(
+    pipeline: DiffusionPipeline, seed: int, rank: int = 4, alpha: float = 2.0, **arguments: object
+) -> LoRANetwork:
+    network = create_network(1.0, rank, alpha, pipeline.vae, text_encoders(pipeline), pipeline.unet, **arguments)
     torch.manual_seed(seed)
     for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.2)
+        nn.init.normal_(parameter, std=0.1 if arguments else 0.2)
     return network
 
 
@@ -195,15 +197,25 @@ def test_a_users_script_runs_with_lora_py_alone(model_folders, tmp_path):
     assert (tmp_path / "by_diffusers..png").stat().st_size > 0
 
 
+WITH_CONVOLUTIONS = {"conv_dim": "3", "conv_alpha": "2"}
+
+
 @pytest.mark.parametrize(
-    ("family", "dtype"),
-    [("sd1", torch.float32), ("sd1", torch.float16), ("sd2", torch.float32), ("sdxl", torch.float32)],
+    ("family", "dtype", "arguments"),
+    [
+        ("sd1", torch.float32, {}),
+        ("sd1", torch.float16, {}),
+        ("sd2", torch.float32, {}),
+        ("sdxl", torch.float32, {}),
+        ("sd1", torch.float32, WITH_CONVOLUTIONS),
+        ("sdxl", torch.float32, WITH_CONVOLUTIONS),
+    ],
 )
-def test_diffusers_paints_the_same_picture_with_our_file(model_folders, tmp_path, family, dtype):
+def test_diffusers_paints_the_same_picture_with_our_file(model_folders, tmp_path, family, dtype, arguments):
     folder, file = model_folders[family], tmp_path / "lora.safetensors"
     ours = load_pipeline(folder)
     plain = paint(ours)
-    random_network(ours, seed=3).save_weights(file, dtype)
+    random_network(ours, seed=3, **arguments).save_weights(file, dtype)
     network, weights = create_network_from_weights(1.0, file, ours.vae, text_encoders(ours), ours.unet)
     network.apply_to(text_encoders(ours), ours.unet)
     network.load_state_dict(weights)

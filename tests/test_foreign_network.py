@@ -384,11 +384,11 @@ def test_weights_of_8_bits_are_blamed_for_their_own_errors_alone(somebodys, monk
     assert sentence(rounded).endswith("float8/old.pt: create_network_from_weights of somebodys.factors fails: odd")
 
 
-@pytest.mark.parametrize("words", [{"network_module": "lycoris.kohya"}, {"base_weights": "loha.safetensors"}])
+@pytest.mark.parametrize("words", [{"network_module": "lycoris.kohya"}, {"base_weights": "glora.safetensors"}])
 def test_what_to_install_for_lycoris_is_said(train, flags, tmp_path, monkeypatch, capsys, words):
     if "base_weights" in words:
-        words = {"base_weights": tmp_path / "loha.safetensors"}
-        save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, words["base_weights"])
+        words = {"base_weights": tmp_path / "glora.safetensors"}
+        save_file({"lora_unet_mid_block_attentions_0_proj_in.a1.weight": torch.ones(2, 2)}, words["base_weights"])
 
     def find(name, *others):
         if name == "lycoris":

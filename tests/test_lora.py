@@ -136,8 +136,10 @@ def test_base_weights_stay_out_of_the_network():
 def test_nothing_to_adapt_and_unknown_arguments_are_refused():
     with pytest.raises(ValueError, match="no attention or feed-forward layer"):
         create_network(1.0, 4, 1.0, None, None, nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="unknown network argument conv_dim, unit; this network knows: dropout"):
-        create_network(1.0, 4, 1.0, None, None, unet(), unit="1", conv_dim="4", dropout=None)
+    with pytest.raises(ValueError, match="unknown network argument unit; this network knows: block_alphas, block_dims"):
+        create_network(1.0, 4, 1.0, None, None, unet(), unit="1", dropout=None)
+    with pytest.raises(ValueError, match=r"unknown network argument con_dim, unit; did you mean conv_dim\?"):
+        create_network(1.0, 4, 1.0, None, None, unet(), unit="1", con_dim="4")
     with pytest.raises(ValueError, match="unknown network argument unit"):
         create_network_from_weights(1.0, None, None, None, unet(), {}, unit="1")
 

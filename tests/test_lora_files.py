@@ -104,11 +104,11 @@ def test_ranks_alphas_and_kernels_come_from_the_file():
 def test_keys_without_a_layer_are_named_and_left_out(caplog):
     model = unet()
     weights = small_network(model).state_dict()
-    stray = {"lora_unet_elsewhere.lora_down.weight": torch.ones(1), "lora_unet_mid_to_q.dora_scale": torch.ones(1)}
+    stray = {"lora_unet_elsewhere.lora_down.weight": torch.ones(1), "lora_unet_mid_to_q.other": torch.ones(1)}
     with caplog.at_level(logging.WARNING):
         _, selected = create_network_from_weights(1.0, None, None, None, model, weights | stray)
     assert selected.keys() == weights.keys()
-    assert "lora_unet_elsewhere.lora_down.weight, lora_unet_mid_to_q.dora_scale" in caplog.text
+    assert "lora_unet_elsewhere.lora_down.weight, lora_unet_mid_to_q.other" in caplog.text
 
 
 def test_weights_of_another_model_are_refused():

@@ -24,6 +24,12 @@ CONVOLUTIONAL = re.compile(
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl as the trainer hands it in")
 
 
+def published_blocks(family: str) -> dict[str, int]:
+    """The block of every module, by which values of blocks are counted; -1 in text encoders."""
+    with gzip.open(TABLES / f"{family}_conv.tsv.gz", "rt", encoding="utf-8", newline="") as stream:
+        return {row["lora_name"]: int(row["block"] or -1) for row in csv.DictReader(stream, delimiter="\t")}
+
+
 def published_shapes(family: str, convolutional: bool) -> dict[str, str]:
     """Tensors of a rank 4 file and their shapes, such as 4x320; alpha is a scalar, whose shape is empty."""
     with gzip.open(TABLES / f"{family}_conv.tsv.gz", "rt", encoding="utf-8", newline="") as stream:
@@ -98,6 +104,28 @@ def sdxl_unet(channels: tuple[int, ...], transformers: tuple[int, ...], **settin
 def test_new_network_has_the_published_names_and_shapes(family):
     network = create_network(1.0, 4, 1.0, None, *full_size(family))
     assert shapes_of(network) == published_shapes(family.split()[0], convolutional=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_network_with_convolutions_has_the_published_names_and_shapes(family):
+    network = create_network(1.0, 4, 1.0, None, *full_size(family), conv_dim="4")
+    assert shapes_of(network) == published_shapes(family.split()[0], convolutional=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_of_blocks_are_counted_as_published(family):
+    published = published_blocks(family.split()[0])
+    count = {"sd1": 25, "sd2": 25, "sdxl": 23}[family.split()[0]]
+    dims, conv_dims = [block + 1 for block in range(count)], [block + 2 for block in range(count)]
+    arguments = {"block_dims": dims, "conv_block_dims": conv_dims, "block_alphas": dims, "conv_block_alphas": dims}
+    texts = {name: ",".join(map(str, values)) for name, values in arguments.items()}
+    network = create_network(1.0, 30, 1.0, None, *full_size(family), **texts)
+    assert {lora.lora_name for lora in network.children()} == published.keys()
+    for lora in network.children():
+        block, kernel = published[lora.lora_name], lora.lora_down.weight.shape[2:]
+        is_large = len(kernel) > 0 and max(kernel) > 1
+        own = (conv_dims[block] if is_large else dims[block], dims[block]) if block >= 0 else (30, 1)
+        assert (lora.lora_dim, lora.alpha.item()) == own
 
 
 def test_text_encoder_may_have_a_level_above_it():

@@ -238,11 +238,11 @@ def test_files_of_something_else_are_refused(refused, lora, tmp_path, monkeypatc
     def loha(tensors):
         return {name.replace("lora_down.weight", "hada_w1_a"): tensor for name, tensor in tensors.items()}
 
-    def dora(tensors):
+    def tucker(tensors):
         downs = [name for name in tensors if "lora_down" in name]
-        return tensors | {name.replace("lora_down.weight", "dora_scale"): torch.ones(1) for name in downs}
+        return tensors | {name.replace("lora_down.weight", "lora_mid.weight"): torch.ones(1) for name in downs}
 
-    for change, dims in ((loha, {}), (dora, {"dim_from_weights": True})):
+    for change, dims in ((loha, {}), (tucker, {"dim_from_weights": True})):
         other = changed(lora, tmp_path / f"{change.__name__}.safetensors", change)
         sentence = refused(network_weights=other, **dims)
         assert f"{change.__name__}.safetensors is of another kind of network, lora_te_" in sentence

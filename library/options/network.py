@@ -13,6 +13,7 @@ from library.options.resume import ResumeOptions
 from library.suffixes import WEIGHTS_SUFFIXES
 
 _PYTHON = ".py"
+_FOR_UNET_ONLY = ("networks.oft",)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class NetworkOptions(MethodOptions):
     )
 
     def __post_init__(self) -> None:
+        if self.network_train_text_encoder_only and self.network_module in _FOR_UNET_ONLY:
+            raise UserError(
+                f"--network_train_text_encoder_only: {self.network_module} has no part for the text encoder, drop it"
+            )
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             raise UserError(
                 "--network_train_unet_only, --network_train_text_encoder_only: together they leave nothing to train, "
@@ -102,6 +107,8 @@ class NetworkOptions(MethodOptions):
         for name in ("network_dim", "network_alpha"):
             if self.dim_from_weights and name in settings.given:
                 notice(f"--{name} has no effect with --dim_from_weights, which takes it from the file")
+        if self.text_encoder_lr and self.network_module in _FOR_UNET_ONLY:
+            notice(f"--text_encoder_lr has no effect: {self.network_module} has no part for the text encoder")
 
     @property
     def rank(self) -> int:
@@ -111,7 +118,7 @@ class NetworkOptions(MethodOptions):
     @property
     def trains_text_encoder(self) -> bool:
         """Whether the network has a part for the text encoder."""
-        return not self.network_train_unet_only
+        return not (self.network_train_unet_only or self.network_module in _FOR_UNET_ONLY)
 
     @property
     def network_keywords(self) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """What the user is shown before and after training."""
 
+import math
+
 import torch
 from accelerate import Accelerator
 
@@ -37,7 +39,12 @@ def before_training(
 def after_training(movement: Movement, left_out: int, validation: str = "") -> str:
     """How far each group has come, how well, and how many images were left out. `validation` may be nothing."""
     changes = movement.relative_changes().items()
-    lines = [f"{name}: weights changed by {change:.2%} of their size" for name, change in changes]
+    lines = [
+        f"{name}: weights changed by {change:.2%} of their size"
+        if math.isfinite(change)
+        else f"{name}: weights changed, which were all 0 at first"
+        for name, change in changes
+    ]
     if validation:
         lines.append(validation)
     if left_out:

@@ -31,6 +31,8 @@ class ParameterGroup:
     learning_rate: float
     steps: int | None = None
     """They are trained in so many of the run's first steps; None: in all."""
+    by_chance: bool = False
+    """Whether chance may leave them without gradients in some steps."""
 
     def trained_in(self, step: int) -> bool:
         """Whether they are in this step, counted from 0."""

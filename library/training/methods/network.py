@@ -6,7 +6,9 @@ the model only through its attach points.
 
 import argparse
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.console import warn
+from library.console import notice, warn
 from library.data.batch import Batch
 from library.data.config import DatasetConfig
 from library.data.config_values import PRESERVES
@@ -76,6 +78,7 @@ class NetworkMethod(Method):
         if resumed is not None:
             self.resumed = True
             self.alpha = resumed.get("settled", {}).get("network_alpha", self.alpha)
+        self._check_arguments(sdxl=info.family.name == "sdxl")
         if self._start() is None:
             return
         with contextlib.suppress(NotImplementedError):  # networks that need values show it when they are there
@@ -83,6 +86,22 @@ class NetworkMethod(Method):
                 self.build(info.outline())
             except network_weights.OtherAlpha as other:
                 self._take_alpha(info, other)
+
+    def _check_arguments(self, *, sdxl: bool) -> None:
+        """UserError for --network_args that our own networks refuse whatever the weights, a warning for what is
+        probably not meant.
+        """
+        check = getattr(self.module, "check_network_args", None)
+        rank = None if self.options.dim_from_weights else self.options.rank
+        try:
+            if inspect.isfunction(check):
+                for remark in check(rank, sdxl, self._trained(), **self.options.network_keywords):
+                    warn(f"--network_args: {remark}")
+        except ValueError as error:
+            raise self._refused_arguments(error) from error
+
+    def _refused_arguments(self, error: ValueError) -> UserError:
+        return UserError(f"--network_args: {self.options.network_module} refuses them: {reason(error)}")
 
     def _take_alpha(self, info: ModelInfo, other: network_weights.OtherAlpha) -> None:
         """Have the network made with the alpha of a file, and raise what it has raised if that does not do either."""
@@ -143,7 +162,7 @@ class NetworkMethod(Method):
         return self.points.text_encoder, self.points.unet
 
     def _create(self, model: Family) -> nn.Module:
-        name, options = self.options.network_module, self.options
+        options = self.options
         keywords: dict[str, Any] = dict(options.network_keywords)
         keywords.setdefault("dropout", options.network_dropout)
         arguments = 1.0, options.rank, self.alpha, model.vae, *self._places()
@@ -151,7 +170,7 @@ class NetworkMethod(Method):
             try:
                 return self.module.create_network(*arguments, neuron_dropout=options.network_dropout, **keywords)
             except ValueError as error:
-                raise UserError(f"--network_args: {name} refuses them: {reason(error)}") from error
+                raise self._refused_arguments(error) from error
 
     def _made_from(self, file: Path, tensors: Mapping[str, Tensor], model: Family) -> nn.Module:
         """The network that a file is of."""
@@ -163,7 +182,10 @@ class NetworkMethod(Method):
             raise UserError(f"--dim_from_weights: {name} cannot make networks from files, leave it out")
         calling = self._called("create_network_from_weights", f"--dim_from_weights with {file}")
         with network_weights.naming_family(file, tensors, model), calling:
-            network, _ = make(1.0, str(file), None, *self._places(), weights_sd=dict(tensors), **keywords)
+            try:
+                network, _ = make(1.0, str(file), None, *self._places(), weights_sd=dict(tensors), **keywords)
+            except ValueError as error:
+                raise UserError(f"--dim_from_weights: {name} makes no network of {file}: {reason(error)}") from error
         return network
 
     def _attach(self, model: Family) -> None:
@@ -174,6 +196,12 @@ class NetworkMethod(Method):
                 network.prepare_network(_namespace(self.settings))
         if self.options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
             raise UserError(f"--scale_weight_norms: networks of {name} cannot be scaled down, leave it out")
+        rounds = self.settings.get("full_bf16")
+        if rounds and any(key.endswith("dora_scale") for key, _ in network.named_parameters()):
+            notice(
+                "--full_bf16: the magnitudes of this DoRA are trained in bf16, too, in which small steps are lost; "
+                "without it they are kept"
+            )
         with self._called("apply_to"), AttachedLayers(model.text_encoders, model.unet) as self.layers:
             network.apply_to(*self._places(), self.trains_text_encoder(), self._trains_unet())
 
@@ -210,13 +238,24 @@ class NetworkMethod(Method):
             if len(set(rates)) > 1:
                 warn(f"networks of {name} take one --text_encoder_lr for all text encoders: {rates[0]:g} is used")
             answer = self._ask(hook, rates[0], unet_rate, default)
-        return read_groups(answer, name, hook, default)
+        groups = read_groups(answer, name, hook, default)
+        return [replace(group, by_chance=self._drops_modules()) for group in groups]
+
+    def _drops_modules(self) -> bool:
+        """Whether chance leaves out modules of the network in a step, or whole ranks of them."""
+        chances = (self.options.network_keywords.get(name, "0") for name in ("module_dropout", "rank_dropout"))
+        return getattr(self.network, "trains_by_chance", False) or not all(map(_is_zero, chances))
 
     def trains_text_encoder(self) -> bool:
         return self.options.trains_text_encoder
 
     def _trains_unet(self) -> bool:
         return not self.options.network_train_text_encoder_only
+
+    def _trained(self) -> list[str]:
+        """The parts of the model that the network is for, as our own networks call them."""
+        parts = {"text_encoder": self.trains_text_encoder(), "unet": self._trains_unet()}
+        return [part for part, is_trained in parts.items() if is_trained]
 
     def enable_gradient_checkpointing(self) -> None:
         self._ask("enable_gradient_checkpointing")
@@ -326,6 +365,13 @@ class NetworkMethod(Method):
         if names_file(name := self.options.network_module):
             own["network_module"] = Path(name).stem
         return network_metadata({**settings, **own}, facts)
+
+
+def _is_zero(text: str) -> bool:
+    try:
+        return float(text) == 0
+    except ValueError:
+        return False
 
 
 def _namespace(settings: Mapping[str, Any]) -> argparse.Namespace:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _LONGEST = 300  # letters of an error that are shown
 LYCORIS = "lycoris.kohya"
+_OURS = "networks.lora (with DoRA), networks.dylora, networks.lora_fa and networks.oft"
 _PACKAGES = {"lycoris": "lycoris-lora"}  # modules -> what to install, where that has another name
 _LYCORIS_READS = (
     *("algo", "preset", "conv_dim", "conv_alpha", "dropout", "rank_dropout", "module_dropout", "train_norm", "dora_wd"),
@@ -47,10 +48,10 @@ def import_network_module(name: str | None, wanted_by: str = "--network_module")
         if names_file(name) or not name.startswith(missing) or missing in _PACKAGES:
             package = _PACKAGES.get(missing, missing)
             raise UserError(f"{wanted_by} {name} needs the package {missing}: pip install {package}") from error
-        raise UserError(f"{wanted_by}: there is no module {name} (LoRA is networks.lora)") from error
+        raise UserError(f"{wanted_by}: there is no module {name}, ours are {_OURS}") from error
     except Exception as error:  # whatever other people's raise
         if name.startswith("."):
-            raise UserError(f"{wanted_by}: there is no module {name} (LoRA is networks.lora)") from error
+            raise UserError(f"{wanted_by}: there is no module {name}, ours are {_OURS}") from error
         logger.warning("importing %s failed", name, exc_info=True)
         raise UserError(f"{wanted_by} {name} cannot be imported: {_named(error)}") from error
     if not inspect.isfunction(getattr(module, "create_network", None)):

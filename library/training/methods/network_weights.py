@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from library.console import notice, warn
+from library.console import warn
 from library.errors import UserError, some
 from library.models.family import Family
 from library.models.files.checkpoint import open_weights, write_tensors
@@ -19,6 +19,7 @@ Parts = dict[str, dict[str, Tensor]]
 """Tensors by the module of the network that they belong to, and by their names in it."""
 
 _FLAG = "--network_weights"
+_MAGNITUDES = "dora_scale"  # of a DoRA
 _RANKED = "lora_down.weight"  # (rank, ...)
 
 
@@ -102,6 +103,12 @@ def check_fit(network: nn.Module, name: str, path: Path, tensors: Mapping[str, T
             f"and this one {here}"
         )
     for key in shared:
+        if _MAGNITUDES in own[key].keys() ^ theirs[key].keys():
+            kinds = ("a DoRA", "none") if _MAGNITUDES in theirs[key] else ("no DoRA", "one")
+            raise UserError(
+                f"{_FLAG}: {path} is {kinds[0]} and this network is {kinds[1]}: give --network_args "
+                f"dora_wd={_MAGNITUDES in theirs[key]}"
+            )
         if own[key].keys() != theirs[key].keys():
             there, here = (", ".join(sorted(parts[key])) or "one tensor" for parts in (theirs, own))
             raise UserError(
@@ -115,7 +122,7 @@ def check_fit(network: nn.Module, name: str, path: Path, tensors: Mapping[str, T
     if absent := sorted(own.keys() - theirs.keys()):
         warn(f"{path} has nothing for {len(absent)} of the network's {len(own)} modules, which are new: {some(absent)}")
     if unknown := sorted(theirs.keys() - own.keys()):
-        notice(f"{len(unknown)} of the {len(theirs)} modules in {path} are not of this network: {some(unknown)}")
+        warn(f"{len(unknown)} of the {len(theirs)} modules in {path} are not of this network: {some(unknown)}")
 
 
 def _forget_needless_alpha(own: Mapping[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Whether training moves what it should: a group without gradients is a run wasted, and nothing else would tell."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,15 +66,22 @@ class Movement:
         return steps >= _STEPS and (steps >= _PATIENCE or any(float(largest) != 0 for largest in self.largest))
 
     def check(self) -> None:
-        """End watching. UserError naming groups whose gradients stayed zero although their learning rate did not."""
+        """End watching. UserError naming groups whose gradients stayed zero although their learning rate did not; where
+        chance decides that, while others got some, it may well be otherwise in further steps.
+        """
         self._hook.remove()
         if not (self.taken or self.resumed):
             raise UserError(
                 "no step could be taken, because all gradients overflowed: use --mixed_precision bf16, or "
                 "--no_half_vae if the model's autoencoder overflows in half precision"
             )
+        moves = any(float(largest) != 0 for largest in self.largest)
         watched = zip(self.groups, self.steps, self.largest, strict=True)
-        still = [group.name for group, steps, largest in watched if steps >= _STEPS and float(largest) == 0]
+        still = [
+            group.name
+            for group, steps, largest in watched
+            if steps >= _STEPS and float(largest) == 0 and not (group.by_chance and moves)
+        ]
         if still:
             raise UserError(
                 f"the parameters of {' and '.join(still)} get no gradient in the first {max(self.steps)} steps and "
@@ -82,12 +90,13 @@ class Movement:
             )
 
     def relative_changes(self) -> dict[str, float]:
-        """|now - start| / |start| of each group, from the watched values."""
+        """|now - start| / |start| of each group, from the watched values; infinite if all were 0 and are not."""
         changes = {}
         for group, start in zip(self.groups, self.start, strict=True):
             now = torch.cat([_sample(parameter) for parameter in group.parameters])
             before = torch.cat(start)
-            changes[group.name] = float((now - before).norm() / before.norm().clamp_min(1e-12))
+            moved, size = float((now - before).norm()), float(before.norm())
+            changes[group.name] = moved / size if size else math.inf if moved else 0.0
         return changes
 
 

@@ -1,0 +1,1 @@
+"""Networks in files: read, added to models, joined, made smaller, written."""
