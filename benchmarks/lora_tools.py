@@ -9,7 +9,8 @@ measured begins after its imports. The last column compares what comes out: wher
 divided by that of the dense way, at every eighth layer; for the merged model the largest difference of a weight, in
 units in the last place of its number format.
 
-Exit status 1 if a figure misses its bound. Linux only; needs 11 GB of disk and 12 GB of memory.
+Exit status 1 if a figure misses its bound. The time of a merge has none: on two cores it was 1.5 times faster than the
+dense way with files on a disk, and 2.9 times with files in memory. Linux only; needs 11 GB of disk and 16 GB of memory.
 """
 
 import argparse

@@ -187,6 +187,27 @@ def refused(run, capsys) -> Callable[..., str]:
     return start
 
 
+@pytest.fixture
+def mistake(tool, tmp_path, capsys) -> Callable[..., str]:
+    """`mistake(words)`: the one sentence with which the `tool` of a file of tests refuses them; what is in `tmp_path`
+    stays as it is.
+    """
+
+    def contents() -> dict[Path, bytes | None]:
+        return {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+
+    def call(*words: object) -> str:
+        before = contents()
+        with pytest.raises(SystemExit) as end:
+            tool(*words)
+        assert end.value.code == 2
+        assert contents() == before
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def fork_server(tmp_path_factory) -> Iterator["ForkServer"]:
     from tests.fork_server import ForkServer

@@ -47,22 +47,6 @@ def tool(monkeypatch, fresh_console) -> Tool:
     return call
 
 
-@pytest.fixture
-def mistake(tool, tmp_path, capsys):
-    """`mistake(...)`: an extraction that must be refused with one sentence, which it returns."""
-
-    def call(*words: object) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as end:
-            tool(*words)
-        assert end.value.code == 2
-        assert sorted(tmp_path.rglob("*")) == before
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        return line
-
-    return call
-
-
 def adapted(model: Family, convolutions: bool = False) -> dict[str, torch.nn.Module]:
     """The layers that a LoRA changes, by name."""
     points, targets = model.attach_points(), UNET_TARGETS | (CONVOLUTIONS if convolutions else set())

@@ -325,21 +325,6 @@ def tool(monkeypatch, fresh_console):
     return call
 
 
-@pytest.fixture
-def mistake(tool, tmp_path, capsys):
-    """`mistake(words)`: the sentence with which the tool refuses them; nothing is written."""
-
-    def call(*words: object) -> str:
-        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-        with pytest.raises(SystemExit, match="2"):
-            tool(*words)
-        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        return line
-
-    return call
-
-
 def test_the_tool_writes_what_its_flags_say(tool, loras, tmp_path, capsys):
     weights = json.dumps([0.5] * 17)
     file = tmp_path / "new.safetensors"

@@ -69,22 +69,6 @@ def tool(monkeypatch, fresh_console):
     return call
 
 
-@pytest.fixture
-def mistake(tool, tmp_path, capsys):
-    """`mistake(words)` starts a merge that must be refused with one sentence, which it returns."""
-
-    def call(family: str, *words: object) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as end:
-            tool(family, *words)
-        assert end.value.code == 2
-        assert sorted(tmp_path.rglob("*")) == before
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        return line
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("family", "saved"), [("sd1", "float"), ("sd2", "fp16"), ("sdxl", "bf16"), ("sd2", "float"), ("sdxl", "float")]
 )

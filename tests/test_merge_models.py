@@ -65,22 +65,6 @@ def tool(monkeypatch, fresh_console):
     return call
 
 
-@pytest.fixture
-def mistake(tool, tmp_path, capsys):
-    """`mistake(words)` starts a merge that must be refused with one sentence, which it returns."""
-
-    def call(*words: object) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as end:
-            tool(*words)
-        assert end.value.code == 2
-        assert sorted(tmp_path.rglob("*")) == before
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        return line
-
-    return call
-
-
 def expected(ratios: tuple[float, ...], *models: Tensors) -> Tensors:
     """The sum in float64, of what is to be summed."""
     fixed = {POSITIONS, "alphas_cumprod"}

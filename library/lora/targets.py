@@ -23,8 +23,6 @@ class Layer(NamedTuple):
 
     weight: Target
     bias: Target | None
-    kind: str
-    """The name of its class, such as Linear or Conv2d."""
 
 
 def find_layers(model: Family) -> dict[str, Layer]:
@@ -43,6 +41,5 @@ def find_layers(model: Family) -> dict[str, Layer]:
         own = dict(module.named_parameters(recurse=False))
         weight, bias = own.get("weight"), own.get("bias")
         if weight is not None and id(weight) in targets:
-            kind = type(module).__name__
-            layers[name] = Layer(targets[id(weight)], None if bias is None else targets[id(bias)], kind)
+            layers[name] = Layer(targets[id(weight)], None if bias is None else targets[id(bias)])
     return layers
