@@ -1,5 +1,7 @@
 """Where a tool computes."""
 
+import os
+
 import torch
 
 from library.errors import UserError
@@ -20,3 +22,14 @@ def usable_device(name: str | None, decomposing: bool = False) -> torch.device:
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise UserError(f"--device: {name} cannot decompose matrices in float64, leave it out for cpu") from error
     return torch.device(name)
+
+
+def fastest_device() -> torch.device:
+    """A GPU of this machine if torch can use one, else the CPU. Of several processes each has its own; its number is
+    told by whatever started it, with which nothing else need be shared.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", "0")))

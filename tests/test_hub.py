@@ -7,8 +7,11 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from library.errors import UserError
-from library.models.files.hub import find_model, looks_like_hub_id, wanted_files
+from library.hub import looks_like_hub_id
+from library.models.files.hub import find_model, wanted_files
+from tests.hub_stand_in import Repository, hub_stand_in
 from tests.processes import python
+from tests.test_upload import ask
 
 OWN = ("model_index.json", "README.md", "v1-5.safetensors", "scheduler/scheduler_config.json", "safety_checker/x.bin")
 CONFIGS = tuple(f"{name}/config.json" for name in ("unet", "vae", "text_encoder"))
@@ -73,7 +76,7 @@ def answer(monkeypatch, result):
     def model_info(self, name, **arguments):
         if isinstance(result, BaseException):
             raise result
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in result])
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in result], sha="1" * 40)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
 
@@ -139,3 +142,15 @@ def test_without_a_network_the_cache_will_do(tmp_path):
     code = "from library.models.files.hub import find_model; print(find_model('owner/name'))"
     result = python(code, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
     assert result.stdout.strip() == str(snapshot), result.stderr
+
+
+def test_what_was_downloaded_of_a_repository_is_found_without_the_hub(monkeypatch, tmp_path):
+    with hub_stand_in() as hub:
+        ask(monkeypatch, hub.url, tmp_path)
+        files = dict.fromkeys((*OWN, *CONFIGS, "unet/diffusion_pytorch_model.safetensors"), b"x")
+        hub.repositories["models", "me/model"] = Repository(False, [("1" * 40, files)])
+        folder = find_model("me/model")
+        assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+        assert not (folder / "README.md").exists()
+        hub.answer = 503
+        assert find_model("me/model") == folder

@@ -4,13 +4,13 @@ Sums of floating-point numbers change in their last bits with the number of thre
 worked on by a single one, and several layers at the same time.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from library.ahead import ahead
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,17 +34,5 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     the caller's thread, a few before they are needed.
     """
     with one_thread_each() as threads:
-        count = min(threads, _MOST)
         # a new thread starts with the number of the whole process
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            waiting: deque[Future[Result]] = deque()
-            try:
-                for item in items:
-                    waiting.append(pool.submit(function, item))
-                    if len(waiting) > count:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        yield from ahead(function, items, min(threads, _MOST), start=torch.set_num_threads, start_with=(1,))

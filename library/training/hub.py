@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from library import console
 from library.errors import UserError, nearest, suggest
-from library.models.files.hub import is_connection_error, looks_like_hub_id
+from library.hub import is_connection_error, looks_like_hub_id
 from library.options.huggingface import REPO_TYPES, HubOptions
 
 _FORM = "owner/name/folder, owner/name/folder:revision or owner/name/folder:revision:type"

@@ -18,7 +18,7 @@ from library.data.config import (
 from library.data.config_values import PRESERVES
 from library.errors import UserError, suggest_path
 from library.generation.prompts import PromptLine, read_prompts
-from library.models.files.hub import looks_like_hub_id
+from library.hub import looks_like_hub_id
 from library.options.attention import AttentionOptions
 from library.options.base import MethodOptions, Settings
 from library.options.cache import CacheOptions

@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from library.errors import UserError, suggest
-from library.models.files.hub import looks_like_hub_id
+from library.hub import looks_like_hub_id
 from library.options.base import Settings
 from library.options.logging import TRACKERS, LogOptions
 from library.toml_file import read_toml

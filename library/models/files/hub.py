@@ -1,12 +1,11 @@
 """Where a model's name leads: to a file, a folder, or a repository of the Hugging Face hub. Imports no torch."""
 
-import errno
 import os
-import re
 from collections.abc import Collection
 from pathlib import Path
 
 from library.errors import UserError, some, suggest_path
+from library.hub import looks_like_hub_id, snapshot_from_hub
 from library.models.files.folder_files import (
     COMPONENTS,
     CONFIG,
@@ -17,19 +16,6 @@ from library.models.files.folder_files import (
     weights_name,
 )
 from library.suffixes import WEIGHTS_SUFFIXES
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_PATIENCE = 10  # seconds for the hub's first answer
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """Whether it has the form `owner/name` of a repository, and does not name a file of weights."""
-    return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(WEIGHTS_SUFFIXES)
-
-
-def is_connection_error(error: BaseException) -> bool:
-    """Whether it comes from the HTTP client of huggingface_hub, which is another one in every other version."""
-    return isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "httpcore", "requests"))
 
 
 def find_model(
@@ -77,59 +63,14 @@ def _component_files(component: str, folder: str, names: Collection[str], varian
 
 def _download(name: str, flag: str, variant: str | None) -> Path:
     """The folder with a repository's files, in the hub's cache."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
 
-    try:
-        names = [file.rfilename for file in HfApi().model_info(name, timeout=_PATIENCE).siblings or ()]
+    def wanted(names: Collection[str]) -> list[str]:
         patterns = wanted_files(names, variant, vae_alone=flag == "--vae")
         if not patterns:
             raise UserError(f"{flag}: the repository {name} {_what_it_holds(names, flag)}")
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except UserError:
-        raise
-    except GatedRepoError as error:
-        raise UserError(
-            f"{flag}: the repository {name} is open only to those who have accepted its terms: accept them on its page "
-            "and log in with `hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{flag}: {name} is no file or folder here, and the hub has no such repository, or not for you: check the "
-            "name, or log in with `hf auth login`"
-        ) from error
-    except OfflineModeIsEnabled:
-        return _cached(name, flag, "the hub is switched off by HF_HUB_OFFLINE")
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no answer")
-        return _cached(name, flag, f"the hub does not give it away at present ({status})")
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"{flag}: {name} cannot be downloaded, the disk of the hub's cache is full") from error
-        return _cached(name, flag, "the hub cannot be reached")
-    except Exception as error:
-        if not is_connection_error(error):
-            raise
-        return _cached(name, flag, "the hub cannot be reached")
+        return patterns
 
-
-def _cached(name: str, flag: str, why: str) -> Path:
-    """What the hub's cache has of a repository."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{flag}: {name} is no file or folder here, {why}, and its cache has no copy of such a repository"
-        ) from error
+    return snapshot_from_hub(flag, name, wanted)
 
 
 def _what_it_holds(names: Collection[str], flag: str) -> str:
