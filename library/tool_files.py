@@ -32,14 +32,21 @@ def check_output(flag: str, path: Path, inputs: Iterable[Path]) -> None:
         clean_up(path.parent, re.escape(path.name))
 
 
-def check_apart(flag: str, target: Path, inputs: Iterable[Path]) -> None:
-    """UserError if a target is one of the inputs, or would lie in a folder that is read."""
+def check_apart(flag: str, target: Path, inputs: Iterable[Path], *, recursive: bool = False) -> None:
+    """UserError if a target is one of the inputs, or would lie in a folder that is read; `recursive`: or if it holds
+    one, where what is written to its folders may lie then.
+    """
     for source in inputs:
         if target.exists() and source.exists() and target.samefile(source):
             what = "folders" if source.is_dir() else "files"
             raise UserError(f"{flag}: {target} is one of the {what} to read, choose another name")
         if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
             raise UserError(f"{flag}: {target} lies in {source}, which is read, choose another folder")
+        if recursive and source.resolve().is_relative_to(target.resolve()):
+            raise UserError(
+                f"{flag}: {target} holds {source}, which is read: with --recursive, pictures there could be replaced, "
+                "choose another folder"
+            )
 
 
 def check_writable(flag: str, target: Path) -> None:

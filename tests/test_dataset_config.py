@@ -366,6 +366,7 @@ class TestResolutions:
         [
             ({"min_bucket_reso": 256, "max_bucket_reso": 128}, "--min_bucket_reso: 256 is more than max_bucket_reso"),
             ({"min_bucket_reso": 80}, "--min_bucket_reso: 80 is more than the resolution 64, use 64 or less"),
+            ({"bucket_reso_steps": 80}, "--bucket_reso_steps: 80 is more than the resolution 64, use 64 or less"),
             ({"resolution": "256"}, "--max_bucket_reso: 128 is less than the resolution 256, use 256 or more"),
         ],
     )

@@ -230,6 +230,12 @@ class TestBrokenFiles:
         with pytest.raises(BrokenImage):
             load_mask(tmp_path / name)
 
+    def test_a_cut_file_is_called_one(self, tmp_path):
+        Image.effect_noise((64, 64), 90).save(tmp_path / "a.jpg")
+        (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-500])
+        with pytest.raises(BrokenImage, match="breaks off"):
+            load(tmp_path / "a.jpg", PLAIN)
+
     def test_the_size_of_a_cut_file_is_known_from_its_header(self, tmp_path):
         Image.new("RGB", (64, 32)).save(tmp_path / "a.bmp")
         (tmp_path / "a.bmp").write_bytes((tmp_path / "a.bmp").read_bytes()[:100])
@@ -242,11 +248,13 @@ class TestBrokenFiles:
         files = {"bomb.png": bomb, "empty.png": b"", "text.png": b"hello"}
         for name, data in files.items():
             (tmp_path / name).write_bytes(data)
+        (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
         reasons = {
             "bomb.png": "178 million pixels",
             "empty.png": "empty",
             "text.png": "known format",
             "gone.png": "no longer",
+            "link.png": "a link to a file that is not there",
         }
         for name, reason in reasons.items():
             with pytest.raises(BrokenImage, match=reason):

@@ -42,7 +42,7 @@ class TestReading:
         except UnicodeEncodeError:
             return
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("library.data.scanning.metadata._PIECE", piece)
+            patch.setattr("library.data.scanning.members._PIECE", piece)
             found = list(read_metadata(path))
         assert [(e.key, e.train_resolution and list(e.train_resolution)) for e in found] == [
             (key, value.get("train_resolution")) for key, value in entries.items()
@@ -178,7 +178,7 @@ class TestTrainResolution:
         found = table(entries)
         assert not found.predefined(0)
         assert [record.bucket for record in found] == [(80, 48)] * 2
-        with pytest.raises(UserError, match=r"meta.json: b: has no train_resolution, .* --resolution"):
+        with pytest.raises(UserError, match=r"meta.json: b.png: has no train_resolution, .* --resolution"):
             table(entries, resolution=None)
 
     def test_latents_stand_for_an_image_that_is_gone(self, tmp_path, table, said):

@@ -302,7 +302,7 @@ def test_a_read_only_folder_is_said_and_its_latents_are_kept_for_the_run(folder,
     assert len(contents(folder)) == 2
     table = scan(disk.datasets)
     plan = plan_latents(table, disk.datasets, LAYOUT, to_disk=True)
-    with pytest.raises(UserError, match="with --cache_latents instead of --cache_latents_to_disk"):
+    with pytest.raises(UserError, match="latents in memory, with --cache_latents alone"):
         make_latents(plan, encode, rank=0, world=2)
 
 

@@ -333,10 +333,10 @@ def _dataset(values: Values, subsets: list[SubsetConfig], place: str) -> Dataset
     if dataset.resolution is None and dataset.kind == DREAMBOOTH:
         where = f"{place}.resolution is missing: set it there or" if place else "the training resolution is missing:"
         raise UserError(f"{where} give --resolution, as --resolution=512")
-    return _with_whole_steps(dataset) if dataset.enable_bucket and not dataset.bucket_no_upscale else dataset
+    return with_whole_steps(dataset) if dataset.enable_bucket and not dataset.bucket_no_upscale else dataset
 
 
-def _with_whole_steps(dataset: DatasetConfig) -> DatasetConfig:
+def with_whole_steps(dataset: DatasetConfig) -> DatasetConfig:
     """The smallest and largest bucket side moved outwards to whole steps, and compared with the resolution."""
     step = dataset.bucket_reso_steps
     low = max(step, dataset.min_bucket_reso // step * step)
@@ -349,6 +349,11 @@ def _with_whole_steps(dataset: DatasetConfig) -> DatasetConfig:
         raise UserError(f"{dataset.where('min_bucket_reso')}: {low} is more than max_bucket_reso, which is {high}")
     if dataset.resolution is None:
         return replace(dataset, min_bucket_reso=low, max_bucket_reso=high)
+    if step > min(dataset.resolution):
+        raise UserError(
+            f"{dataset.where('bucket_reso_steps')}: {step} is more than the resolution {_sides(dataset.resolution)}, "
+            f"use {min(dataset.resolution)} or less, or a larger resolution"
+        )
     if low > min(dataset.resolution):
         raise UserError(
             f"{dataset.where('min_bucket_reso')}: {low} is more than the resolution {_sides(dataset.resolution)}, "

@@ -180,11 +180,13 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
 
 def _reason(problem: Exception, path: str | os.PathLike) -> str:
     if isinstance(problem, FileNotFoundError):
-        return "it is no longer there"
+        return "it is a link to a file that is not there" if os.path.islink(path) else "it is no longer there"
     if os.path.exists(path) and os.path.getsize(path) == 0:
         return "the file is empty"
     if isinstance(problem, Image.UnidentifiedImageError):
         return "it is not an image in a known format"
     if isinstance(problem, Image.DecompressionBombError):
         return f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
+    if "truncated" in str(problem):  # Pillow counts in bytes what it has read and cannot use, not what is missing
+        return "the file breaks off, so that a part of the picture is missing"
     return getattr(problem, "strerror", None) or str(problem) or type(problem).__name__

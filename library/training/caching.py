@@ -6,15 +6,16 @@ from functools import cache
 
 import numpy as np
 import torch
-from accelerate.utils import parse_flag_from_env
 
 from library import console
 from library.data import images
-from library.data.caching.cache import Encode, Tally, write_latents
+from library.data.caching.cache import Encode, Outcome, write_latents
 from library.data.caching.latents_file import LatentsLayout
 from library.data.caching.latents_plan import LatentsPlan, plan_latents
 from library.data.config import DatasetConfig, check_resolutions
 from library.data.records import NOTHING_DECODES, RecordTable, check_buckets, scan
+from library.data.scanning.wording import counted
+from library.devices import fastest_device
 from library.errors import UserError, some
 from library.models.family import Family
 from library.models.registry import ModelInfo
@@ -25,6 +26,7 @@ from library.options.saving import SaveOptions
 from library.training.base_model import inspect_for_tool
 from library.training.device import precision
 from library.training.device.hardware import settle_precision
+from library.training.device.memory import enough_for
 
 
 def latents_layout(info: ModelInfo) -> LatentsLayout:
@@ -32,12 +34,15 @@ def latents_layout(info: ModelInfo) -> LatentsLayout:
     return LatentsLayout(info.family.latents_suffix, info.latents.channels, info.latents.factor, info.vae_fingerprint)
 
 
-def vae_encoder(model: Family) -> Encode:
-    """Encodes images on whichever device the autoencoder is."""
+def vae_encoder(model: Family, flag: str = "--vae_batch_size") -> Encode:
+    """Encodes images on whichever device the autoencoder is; as many at a time as `flag` says."""
 
     @torch.no_grad()
     def encode(pixels: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        return model.encode_images(pixels, seeds).cpu()
+        count, _, height, width = pixels.shape
+        batch = f"encoding {counted(count, 'image', 'images')} of {width}x{height} at a time"
+        with enough_for(batch, f"lower {flag}" if count > 1 else "choose a smaller resolution"):
+            return model.encode_images(pixels, seeds).cpu()
 
     return encode
 
@@ -72,7 +77,7 @@ def cache_ahead(settings: Settings, datasets: Sequence[DatasetConfig], *, skip_c
     files that cannot be written.
     """
     rank, world = console.rank(), int(os.environ.get("WORLD_SIZE", "1"))
-    device = _own_device()
+    device = fastest_device()
     info = inspect_for_tool(settings)
     check_resolutions(datasets, info.latents.step)
     table = scan(datasets)
@@ -97,20 +102,13 @@ def cache_ahead(settings: Settings, datasets: Sequence[DatasetConfig], *, skip_c
     def encode(pixels: torch.Tensor, seeds: list[int]) -> torch.Tensor:
         return encoder()(pixels, seeds)
 
-    tally = write_latents(plan, encode, batch_size=options.vae_batch_size, rank=rank, world=world)
-    print(_report(tally, device, rank, world), flush=True)
-    if world == 1 and not tally.written and not tally.valid:
+    outcome = write_latents(plan, encode, batch_size=options.vae_batch_size, rank=rank, world=world)
+    print(_report(outcome, device, rank, world), flush=True)
+    if world == 1 and not outcome.written and not outcome.valid:
         raise UserError(NOTHING_DECODES)
 
 
-def _own_device() -> torch.device:
-    """This process's device; its number is told by whatever started it, with which nothing else need be shared."""
-    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def _report(tally: Tally, device: torch.device, rank: int, world: int) -> str:
+def _report(outcome: Outcome, device: torch.device, rank: int, world: int) -> str:
     process = f"process {rank + 1} of {world} on {device}" if world > 1 else f"on {device}"
-    failed = f"{len(tally.failed)} failed" + (f" ({some(tally.failed)})" if tally.failed else "")
-    return f"latents, {process}: {tally.written} files written, {tally.valid} valid already, {failed}"
+    failed = f"{len(outcome.failed)} failed" + (f" ({some(outcome.failed)})" if outcome.failed else "")
+    return f"latents, {process}: {outcome.written} files written, {outcome.valid} valid already, {failed}"

@@ -23,7 +23,7 @@ from library.data.caching import latents_file
 from library.data.caching.latents_file import FLIPPED, LATENTS, MASK, LatentsLayout, Recipe, State
 from library.data.caching.latents_plan import LatentsPlan
 from library.data.caching.npz import Arrays
-from library.data.caching.prefetch import Picture, decoded
+from library.data.caching.prefetch import THREADS, Picture, decoded
 from library.data.records import NOTHING_DECODES, Record
 from library.data.scanning.scan import printable
 from library.data.scratch import ScratchFolder
@@ -124,7 +124,7 @@ def make_latents(
 
 
 @dataclass(frozen=True)
-class Tally:
+class Outcome:
     """What became of one process's share of the images."""
 
     written: int
@@ -134,23 +134,31 @@ class Tally:
 
 
 def write_latents(
-    plan: LatentsPlan, encode: Encode | None, *, batch_size: int = 1, rank: int = 0, world: int = 1
-) -> Tally:
+    plan: LatentsPlan,
+    encode: Encode | None,
+    *,
+    batch_size: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    threads: int = THREADS,
+    note: Callable[[Recipe], None] = lambda recipe: None,
+) -> Outcome:
     """Makes the files that are missing, of this process's share; the processes need not know of each other.
 
     `encode` may be None if nothing is missing. An image that does not decode is left out with a warning. What is made
-    `elsewhere` is not its concern. Raises UserError if latents are not finite, a disk is full or a folder cannot be
-    written to.
+    `elsewhere` is not its concern. `threads` decode, and `note` is told of each file when it is there. Raises UserError
+    if latents are not finite, a disk is full or a folder cannot be written to.
     """
     written = 0
-    for recipe, arrays, source in _encoded(plan, encode, batch_size, rank, world, ~plan.elsewhere):
+    for recipe, arrays, source in _encoded(plan, encode, batch_size, rank, world, ~plan.elsewhere, threads):
         _write(recipe, arrays, source, needed=True)
+        note(recipe)
         plan.states[recipe.record.index] = State.VALID
         written += 1
     groups = plan.groups(batch_size, rank, world)
     share = [index for group in groups for index in group.tolist() if not plan.elsewhere[index]]
     failed = [plan.table[index].path for index in share if plan.states[index] == State.MISSING]
-    return Tally(written, len(share) - len(failed) - written, failed)
+    return Outcome(written, len(share) - len(failed) - written, failed)
 
 
 def _write(recipe: Recipe, arrays: Arrays, source: dict[str, Any], *, needed: bool) -> bool:
@@ -168,8 +176,8 @@ def _write(recipe: Recipe, arrays: Arrays, source: dict[str, Any], *, needed: bo
             warn(f"{path.parent} cannot be written to: the latents of its images are kept for this run alone")
             return False
         raise UserError(
-            f"{path} cannot be written ({problem.strerror}): make its folder writable, or train with --cache_latents "
-            "instead of --cache_latents_to_disk"
+            f"{path} cannot be written ({problem.strerror}): make its folder writable, or let training keep latents in "
+            "memory, with --cache_latents alone"
         ) from None
     return True
 
@@ -237,7 +245,13 @@ class _Store:
 
 
 def _encoded(
-    plan: LatentsPlan, encode: Encode | None, batch_size: int, share: int, world: int, wanted: np.ndarray
+    plan: LatentsPlan,
+    encode: Encode | None,
+    batch_size: int,
+    share: int,
+    world: int,
+    wanted: np.ndarray,
+    threads: int = THREADS,
 ) -> Iterator[tuple[Recipe, Arrays, dict[str, Any]]]:
     """(recipe, arrays, what the image file was like) of each missing image of a process's share that decodes.
 
@@ -250,7 +264,7 @@ def _encoded(
 
     total = sum(map(len, groups()))
     with progress_bar(total=total, desc="caching latents", unit="img", disable=rank() > 0 or not total) as bar:
-        for pictures in decoded([plan.recipe(index) for index in group.tolist()] for group in groups()):
+        for pictures in decoded(([plan.recipe(index) for index in group.tolist()] for group in groups()), threads):
             missing = [p for p in pictures if wanted[p.recipe.record.index] and _is_missing(plan, p.recipe)]
             for picture in missing:
                 if picture.problem:
@@ -271,13 +285,14 @@ def _is_missing(plan: LatentsPlan, recipe: Recipe) -> bool:
     index = recipe.record.index
     if plan.states[index] != State.MISSING:
         return False
-    if plan.to_disk and not plan.elsewhere[index] and latents_file.judge(recipe).state == State.VALID:
+    looked_for = plan.to_disk and not plan.anew and not plan.elsewhere[index]
+    if looked_for and latents_file.judge(recipe).state == State.VALID:
         plan.states[index] = State.VALID
     return plan.states[index] == State.MISSING
 
 
 def _left_out(recipe: Recipe, problem: str) -> str:
-    return f"{recipe.record.path} cannot be decoded and is not trained on: {problem}"
+    return f"{recipe.record.path} cannot be decoded and is left out: {problem}"
 
 
 def _mask(picture: Picture) -> np.ndarray:

@@ -26,6 +26,7 @@ _SIZE, _CROP, _MADE_FROM = "original_size", "crop_ltrb", "made_from"
 _NAMES = (LATENTS, FLIPPED, MASK, _SIZE, _CROP, _MADE_FROM)
 _OF_ANOTHER_IMAGE = "are of an image that has changed since"
 _AMBIGUOUS = "do not tell of which of several images with one name they are"
+_PLACING = ("resized", "crop")
 _UNNAMED = "arr_0"  # in files of long ago
 _RESOLUTION = re.compile(rf"(?:{'|'.join(sorted(_NAMES, key=len, reverse=True))})((?:_\d+x\d+)?)")
 
@@ -41,6 +42,8 @@ class LatentsLayout:
     """Pixels per latent, each way."""
     fingerprint: str
     """Of the autoencoder's weights."""
+    by_stem: bool = False
+    """Whether files are called `<image>.npz`, which says no size: they are for the one that metadata names."""
 
     def shape(self, bucket: Size) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a bucket (width, height in pixels)."""
@@ -74,6 +77,8 @@ class Recipe:
     geometry: Geometry
     options: ImageOptions
     layout: LatentsLayout
+    prescribed: bool = False
+    """Whether its bucket is the train_resolution of a metadata file."""
 
     @property
     def path(self) -> str:
@@ -100,7 +105,8 @@ class Recipe:
 
 def file_path(record: Record, layout: LatentsLayout) -> str:
     """Where the latents of a record are kept."""
-    return f"{record.cache_stem}_{record.width:04d}x{record.height:04d}{layout.suffix}"
+    size = "" if layout.by_stem else f"_{record.width:04d}x{record.height:04d}"
+    return f"{record.cache_stem}{size}{layout.suffix}"
 
 
 def read(record: Record, layout: LatentsLayout, name: str) -> np.ndarray | None:
@@ -130,7 +136,9 @@ def judge(recipe: Recipe) -> Finding:
     if _MADE_FROM in entry:
         made_from = _parse(entry[_MADE_FROM])
         source = _source_now(made_from, record.path)
-        flaw = _OF_ANOTHER_IMAGE if source is None else _difference(made_from, recipe)
+        # how the image got to a size that is prescribed is for the tool that prescribed it, unless a mask goes along
+        prepared = recipe.prescribed and path != recipe.path and not record.mask
+        flaw = _OF_ANOTHER_IMAGE if source is None else _difference(made_from, recipe, _PLACING if prepared else ())
         if flaw:
             return Finding(State.MISSING, flaw)
         moved = path == recipe.path and source != made_from.get("source", {})
@@ -145,7 +153,9 @@ def judge(recipe: Recipe) -> Finding:
 
 def write(recipe: Recipe, arrays: Arrays, source: dict[str, Any]) -> None:
     """Puts LATENTS and what else the recipe asks for into the record's file; other resolutions in it stay, unless the
-    image has changed since. `source` is the image's `describe_source` when it was read. Raises OSError.
+    image has changed since or the file is for one alone. `source` is the image's `describe_source` when it was read.
+
+    Raises OSError.
     """
     entry = {
         **arrays,
@@ -155,7 +165,7 @@ def write(recipe: Recipe, arrays: Arrays, source: dict[str, Any]) -> None:
     }
 
     def merged() -> Arrays:
-        others = _other_resolutions(recipe)
+        others = {} if recipe.layout.by_stem else _other_resolutions(recipe)
         shape = recipe.layout.shape(recipe.record.bucket)
         ending = _ending(shape) if LATENTS in others else ""
         return dict(sorted((others | {f"{name}{ending}": array for name, array in entry.items()}).items()))
@@ -196,9 +206,9 @@ def _is_ambiguous(record: Record) -> bool:
     return record.shared_stem
 
 
-def _places(record: Record, layout: LatentsLayout) -> tuple[str, str]:
+def _places(record: Record, layout: LatentsLayout) -> tuple[str, ...]:
     """The files that may hold a record's latents, the better one first."""
-    return file_path(record, layout), f"{record.cache_stem}.npz"
+    return tuple(dict.fromkeys((file_path(record, layout), f"{record.cache_stem}.npz")))
 
 
 def _ending(shape: tuple[int, int, int]) -> str:
@@ -254,9 +264,10 @@ def _is_sound(array: np.ndarray) -> bool:
     return array.dtype.kind == "f" and bool(np.isfinite(array).all())
 
 
-def _difference(made_from: dict[str, Any], recipe: Recipe) -> str:
-    """What latents were made with that the recipe does not say, or nothing."""
-    wrong = [name for name, value in recipe.facts().items() if made_from.get(name) != value]
+def _difference(made_from: dict[str, Any], recipe: Recipe, free: Sequence[str]) -> str:
+    """What latents were made with that the recipe does not say, or nothing. What is `free` may differ."""
+    facts = recipe.facts().items()
+    wrong = [name for name, value in facts if name not in free and made_from.get(name) != value]
     if wrong:
         return "are of another VAE" if wrong == ["vae"] else "were made with other settings"
     return ""

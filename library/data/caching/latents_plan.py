@@ -37,6 +37,8 @@ class LatentsPlan:
     """(N,) whether some use of the same file needs mirrored latents in it"""
     elsewhere: np.ndarray
     """(N,) whether the image's file keeps what an earlier use makes of it with other settings: each run makes these"""
+    anew: bool = False
+    """Whether what is missing is made even where a file that fits is there."""
 
     @property
     def missing(self) -> int:
@@ -53,7 +55,8 @@ class LatentsPlan:
         options = self.datasets[record.dataset].subsets[record.subset].images
         if self.mirrored[index]:
             options = replace(options, flip_aug=True)
-        return Recipe(record, geometry_of(record, self._buckets[record.dataset]), options, self.layout)
+        geometry = geometry_of(record, self._buckets[record.dataset])
+        return Recipe(record, geometry, options, self.layout, self.table.predefined(record.dataset))
 
     def groups(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
         """The records that are encoded together, up to `batch_size` of one bucket: this process's share of the groups.
@@ -77,19 +80,23 @@ def plan_latents(
     to_disk: bool = False,
     skip_check: bool = False,
     recache_unknown: bool = False,
+    anew: bool = False,
 ) -> LatentsPlan:
     """Looks which latents are there already.
 
     Files beside the images count with `to_disk`, and for datasets whose metadata says at which size each image's
     latents were made. `skip_check`: a file with arrays of the right names and sizes is enough. `recache_unknown`: files
-    that do not tell which autoencoder they are from are made again where the image is still there.
+    that do not tell which autoencoder they are from are made again where the image is still there. `anew`: no file
+    counts, so that all are made again.
     """
     used = (table.repeats > 0) | table.validation
     states = np.where(used, State.MISSING, State.UNUSED).astype(np.uint8)
     with_files = np.array([to_disk or table.predefined(number) for number in range(len(datasets))])
-    plan = LatentsPlan(table, datasets, layout, states, to_disk, np.zeros_like(used), np.zeros_like(used))
+    plan = LatentsPlan(table, datasets, layout, states, to_disk, np.zeros_like(used), np.zeros_like(used), anew)
     if to_disk:
         _share_files(plan)
+    if anew:
+        return plan
     sought = np.flatnonzero(used & with_files[table.subsets[:, 0]] & ~plan.elsewhere)
 
     def look(indices: np.ndarray) -> list[Finding]:

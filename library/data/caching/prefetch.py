@@ -3,16 +3,17 @@
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from library.ahead import ahead
 from library.data import images
 from library.data.caching.latents_file import Recipe, describe_source
 
-_THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -30,28 +31,26 @@ class Picture:
     """Why it does not decode."""
 
 
-def decoded(groups: Iterable[list[Recipe]]) -> Iterator[list[Picture]]:
+def decoded(groups: Iterable[list[Recipe]], threads: int = THREADS) -> Iterator[list[Picture]]:
     """The pictures of one group after the other. While one is worked with, the next ones are decoded."""
-    waiting: deque[list[Future[Picture]]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for group in groups:
-                waiting.append([pool.submit(_decode, recipe) for recipe in group])
-                while sum(map(len, waiting)) > 2 * _THREADS + len(waiting[0]):
-                    yield [future.result() for future in waiting.popleft()]
-            while waiting:
-                yield [future.result() for future in waiting.popleft()]
-        finally:  # of what is not wanted any more, nothing is begun
-            pool.shutdown(cancel_futures=True)
+    sizes: deque[int] = deque()
+
+    def recipes() -> Iterator[Recipe]:
+        for group in groups:
+            sizes.append(len(group))
+            yield from group
+
+    pictures = ahead(_decode, recipes(), threads, waiting=2 * threads)
+    for first in pictures:
+        yield [first, *islice(pictures, sizes.popleft() - 1)]
 
 
 def _decode(recipe: Recipe) -> Picture:
     record = recipe.record
     try:
         try:
-            source = describe_source(
-                record.path
-            )  # before decoding: an image that changes meanwhile is found stale later
+            # before decoding: an image that changes meanwhile is found stale later
+            source = describe_source(record.path)
         except FileNotFoundError:
             raise images.BrokenImage("it is no longer there") from None
         example = images.example(record.path, recipe.geometry, recipe.options, None)

@@ -285,7 +285,8 @@ def _refuse_without_resolution(dataset: DatasetConfig, found: list[Found]) -> No
         if images.without_resolution:
             raise UserError(
                 f"{subset.metadata_file}: {images.without_resolution}: has no train_resolution, and no resolution is "
-                "given: add --resolution, as --resolution=512"
+                "given: add --resolution, as --resolution=512, or have finetune/prepare_buckets_latents.py prepare its "
+                "folder, too"
             )
     where = f"{dataset.where('resolution')} is missing" if dataset.place else "the training resolution is missing"
     raise UserError(f"{where}: give --resolution, as --resolution=512")

@@ -23,7 +23,7 @@ from library.data.scanning.reading import in_chunks, read_caption, read_header
 from library.data.scanning.wording import counted
 from library.errors import UserError, some
 
-_CAPTION_EXTENSIONS = (".txt", ".caption", ".tags")  # what captions are usually found in
+CAPTION_EXTENSIONS = (".txt", ".caption", ".tags")  # what captions are usually found in
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Found:
     resolutions: np.ndarray | None = None
     """(N, 2) train_resolution of a metadata file, 0 where it has none; None for a folder"""
     without_resolution: str = ""
-    """The first entry without train_resolution."""
+    """The first image without train_resolution."""
     only_latents: np.ndarray | None = None
     """(N,) whether the image is gone but its latents are there; None: none of them"""
     captions_missing: int = 0
@@ -147,7 +147,7 @@ def _report_captions(subset: SubsetConfig, listing: Listing, facts: Facts, used:
         count = counted(len(unusual), "caption is not UTF-8 and is", "captions are not UTF-8 and are")
         warn(f"{subset.image_dir}: {count} read as Latin-1: {some(unusual)}")
     missing = [listing.stems[row] for row in used[facts.captions.lengths < 0].tolist()]
-    counts = {end: sum(stem + end in listing.others for stem in missing) for end in _CAPTION_EXTENSIONS}
+    counts = {end: sum(stem + end in listing.others for stem in missing) for end in CAPTION_EXTENSIONS}
     extension, count = max(counts.items(), key=lambda item: item[1])
     if not count or not subset.caption_extension:  # "": class_tokens are the captions
         return
@@ -164,7 +164,7 @@ def _caption_advice(subset: SubsetConfig, extension: str) -> str:
     """What to do about captions that have this extension only."""
     if not subset.place:
         return f"use --caption_extension {extension}"
-    if subset.is_preserved or subset.caption_extension not in _CAPTION_EXTENSIONS:
+    if subset.is_preserved or subset.caption_extension not in CAPTION_EXTENSIONS:
         # An ending of its own is for captions of another kind: those beside them are the wrong ones.
         return (
             f'write the {subset.caption_extension} files, or set caption_extension = "" in {subset.place}, so that its '
@@ -210,7 +210,6 @@ class _Entries:
         self.only_latents, self.shared_stem, self.full_stem = array("b"), array("b"), array("b")
         self.blob = bytearray()
         self.missing: list[str] = []
-        self.without_resolution = ""
 
     def add(self, entry: Entry) -> None:
         """Looks for the entry's image."""
@@ -233,8 +232,6 @@ class _Entries:
         shared = bool(listing.find(os.path.splitext(name)[0])) if latents else name in self.shared[folder]
         self.shared_stem.append(shared)
         self.full_stem.append(name in self.full[folder])
-        if not entry.train_resolution:
-            self.without_resolution = self.without_resolution or entry.key
 
     def _listing(self, folder: str) -> Listing | None:
         if folder not in self.listings:
@@ -260,6 +257,8 @@ class _Entries:
         resolutions = np.array(self.resolutions, dtype=np.int32).reshape(-1, 2)[order]
         captions = Texts.packed(self.blob, np.array(self.lengths, dtype=np.int32)).take(order)
         facts, broken, sound = self._sizes(root, names, only_latents, resolutions)
+        # an image that cannot be read needs no size
+        without = sound[resolutions[sound, 0] == 0]
         return Found(
             root=root,
             names=[names[row] for row in sound.tolist()],
@@ -267,7 +266,7 @@ class _Entries:
             shared_stem=np.array(self.shared_stem, dtype=bool)[order][sound],
             full_stem=np.array(self.full_stem, dtype=bool)[order][sound],
             resolutions=resolutions[sound],
-            without_resolution=self.without_resolution,
+            without_resolution=names[without[0]] if len(without) else "",
             only_latents=only_latents[sound],
             captions_missing=int((captions.take(sound).lengths < 0).sum()),
             broken=broken,
