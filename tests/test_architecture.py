@@ -13,14 +13,15 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "bit
 
 WITH_TENSORS = {f"library.data.{name}" for name in ("batch", "dataset", "caching.cache", "caching.text_cache")}
 
-_ABOVE = ("library.lora", "library.generation", "library.training", "networks")
+_ABOVE = ("library.lora", "library.generation", "library.preprocessing", "library.training", "networks")
 # A room, and the rooms that nothing in it may import.
 CLOSED = {
     "library.options": ("library.data", "library.models", *_ABOVE),
     "library.data": ("library.models", *_ABOVE),
     "library.models": ("library.data", *_ABOVE),
-    "library.lora": ("library.data", "library.generation", "library.training"),
-    "library.generation": ("library.lora", "library.data", "library.training", "networks"),
+    "library.lora": ("library.data", "library.generation", "library.preprocessing", "library.training"),
+    "library.generation": ("library.lora", "library.data", "library.preprocessing", "library.training", "networks"),
+    "library.preprocessing": ("library.models", "library.lora", "library.generation", "library.training", "networks"),
     "networks.lora": ("library",),
     "library": ("examples", "benchmarks", "tests", "tools", "finetune"),
 }
