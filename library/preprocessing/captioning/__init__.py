@@ -1,0 +1,1 @@
+"""Sentences about pictures, by a model of the transformers package."""
