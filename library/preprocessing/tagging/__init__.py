@@ -1,0 +1,1 @@
+"""Tags of pictures, by a tagger in ONNX."""
