@@ -1,0 +1,1 @@
+"""What is told of pictures in one JSON file."""
