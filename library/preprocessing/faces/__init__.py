@@ -1,0 +1,1 @@
+"""Pictures turned, scaled and cut around faces."""
