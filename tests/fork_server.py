@@ -73,6 +73,7 @@ class ForkServer:
         *,
         after: float = 0,
         at: int = 0,
+        by: int = signal.SIGKILL,
         when: Sequence[tuple[str, Any]] = (),
         temporary: Path | None = None,
         slow: float = 0,
@@ -81,7 +82,7 @@ class ForkServer:
         environment: Mapping[str, str] | None = None,
     ) -> Ended:
         """Run a script. It is killed `after` so many seconds, or by its `at`-th operation on files (of -1, they are
-        counted), if these are given.
+        counted), if these are given; `by` another signal if that is given.
 
         `when` says what is done, one after the other, once the run has printed a text: a signal is sent to all of its
         processes (a number), or what ACTIONS knows is done (its name, and a path). `temporary`: where its temporary
@@ -94,6 +95,7 @@ class ForkServer:
             "words": list(words),
             "after": after,
             "at": at,
+            "by": by,
             "when": list(when),
             "temporary": temporary and str(temporary),
             "slow": slow,
@@ -129,7 +131,7 @@ def serve(output: str, counter: str) -> None:
         child, *others = _start(order, output, counter)
         if order["after"]:
             _wait(child, lambda end=start + order["after"]: time.monotonic() >= end)
-            _send(child, signal.SIGKILL)
+            _send(child, order["by"])
         for text, action in order["when"]:
             _wait(child, lambda text=text: text in Path(output).read_text(encoding="utf-8"))
             _send(child, action) if isinstance(action, int) else ACTIONS[action[0]](*action[1:])
@@ -217,7 +219,7 @@ def _train(order: dict[str, Any], output: str, counter: str, leader: int) -> Non
     if order["slow"]:
         _slow_down(order["slow"])
     if order["at"]:
-        _die_at(order["at"], counter)
+        _die_at(order["at"], order["by"], counter)
     if order["how"]:
         from tests import distributed
 
@@ -237,9 +239,9 @@ def _slow_down(seconds: float) -> None:
     Stepper.step = lambda self: (step(self), time.sleep(seconds))[0]
 
 
-def _die_at(last: int, counter: str) -> None:
-    """Have this process killed before its `last` operation that changes files, or in the middle of it if it writes.
-    The number of operations is left in the file `counter`.
+def _die_at(last: int, number: int, counter: str) -> None:
+    """Have this process sent a signal before its `last` operation that changes files, or in the middle of it if it
+    writes and the signal kills. The number of operations is left in the file `counter`.
     """
     done, plain_open, owner = 0, builtins.open, os.getpid()
 
@@ -250,10 +252,15 @@ def _die_at(last: int, counter: str) -> None:
         return done == last
 
     def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
     def counted(function):
-        return lambda *arguments, **keywords: die() if count() else function(*arguments, **keywords)
+        def call(*arguments, **keywords):
+            if count():
+                die()
+            return function(*arguments, **keywords)
+
+        return call
 
     class Writer(io.BufferedWriter):
         writes = 0
@@ -261,8 +268,9 @@ def _die_at(last: int, counter: str) -> None:
         def write(self, data):
             self.writes += 1
             if self.writes <= WRITES and count():
-                super().write(memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
-                self.flush()
+                if number == signal.SIGKILL:
+                    super().write(memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
+                    self.flush()
                 die()
             return super().write(data)
 

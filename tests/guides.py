@@ -190,6 +190,39 @@ OPTIONS = (
     (DREAMBOOTH, "--stop_text_encoder_training=2 --no_token_padding --vae={models}/sd1.safetensors"),
     (DREAMBOOTH, "--save_model_as=diffusers_safetensors --shuffle_caption --caption_extension=.txt"),
 )
+# What prepares pictures, as it is typed: in the folder of the repository or in that of the script, also on Windows.
+PREPARATION = (
+    r"python finetune\make_captions.py --batch_size 8 ..\train_data",
+    r"python finetune\make_captions.py --batch_size 8 --max_length 225 --seed 42 --caption_extension .cap ..\train",
+    r"python tag_images_by_wd14_tagger.py --batch_size 4 ..\train_data",
+    r"python tag_images_by_wd14_tagger.py --thresh 0.5 --model_dir ..\taggers --force_download ..\train_data",
+    "python merge_captions_to_metadata.py train_data meta_cap.json",
+    "python merge_captions_to_metadata.py --full_path train_data meta_cap.json",
+    """python merge_captions_to_metadata.py --full_path
+     train_data1 meta_cap1.json""",
+    """python merge_captions_to_metadata.py --full_path --in_json meta_cap1.json
+     train_data2 meta_cap2.json""",
+    "python merge_dd_tags_to_metadata.py train_data --in_json meta_cap.json meta_cap_dd.json",
+    "python merge_dd_tags_to_metadata.py --full_path train_data --in_json meta_cap.json meta_cap_dd.json",
+    """python merge_dd_tags_to_metadata.py --full_path --in_json meta_cap2.json
+     train_data1 meta_cap_dd1.json""",
+    """python merge_dd_tags_to_metadata.py --full_path --in_json meta_cap_dd1.json
+     train_data2 meta_cap_dd2.json""",
+    "python3 finetune/merge_dd_tags_to_metadata.py --full_path /mnt/g/pictures /mnt/g/config/10_pictures.json",
+    "python clean_captions_and_tags.py meta_cap_dd.json meta_clean.json",
+    """python prepare_buckets_latents.py
+     train_data meta_clean.json meta_lat.json model.ckpt
+     --batch_size 4 --max_resolution 512,512 --mixed_precision no""",
+    """python prepare_buckets_latents.py --full_path
+     train_data2 meta_lat1.json meta_lat2.json model.ckpt
+     --batch_size 4 --max_resolution 512,512 --mixed_precision no""",
+    """python prepare_buckets_latents.py --full_path
+     train_data meta_clean.json meta_lat.json v2.ckpt
+     --v2 --max_resolution 768,768 --min_bucket_reso 384 --max_bucket_reso 1280 --flip_aug""",
+    r"""python tools\resize_images_to_resolution.py --max_resolution 512x512,384x384,256x256 --save_as_png
+    --copy_associated_files 元画像フォルダ 変換先フォルダ""",
+    r"python tools\resize_images_to_resolution.py --divisible_by 64 --interpolation lanczos4 pictures smaller",
+)
 # Shown in the guides and not here: networks that are still to come (networks.dylora), an optimizer that cannot compute
 # without a GPU (bitsandbytes.optim.lamb.LAMB), --block_lr, which is abridged there, and uploads, which test_upload.py
 # has a hub for.

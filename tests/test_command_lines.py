@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from library import cli
 from library.models.files.checkpoint import open_weights
 from library.models.registry import load_model
 from library.models.writing import write_model
@@ -27,13 +28,15 @@ from tests.guides import (
     FINE_TUNE_TOML,
     LORA,
     OPTIONS,
+    PREPARATION,
     SDXL_FULL,
     SDXL_LORA,
     SDXL_SETTINGS,
     SDXL_WORD,
     WORD,
 )
-from tests.processes import run
+from tests.processes import ROOT, run
+from tests.test_options import groups_of
 from tests.tiny import draw_pictures, make_model, read_logs, scalars
 from tests.trained import with_lora
 
@@ -41,6 +44,8 @@ FILES = Path(__file__).parent / "data" / "command_lines"
 MODELS = {"sd1.ckpt": ("sd1", "ckpt"), "sd1.safetensors": ("sd1", "safetensors"), "sd1": ("sd1", "diffusers")}
 MODELS |= {"sdxl.safetensors": ("sdxl", "safetensors")}
 BF16 = torch.bfloat16
+# What is named by its place in the lines that prepare pictures.
+WORDS = {"train_data_dir", "in_json", "out_json", "model_name_or_path", "src_img_folder", "dst_img_folder"}
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,18 @@ def test_options_do_what_the_guides_say(command, more, words_of, fork_server):
     out = Path(given["output_dir"])
     for path in out.iterdir():
         check_weights(out / path.name, given, None)
+
+
+@pytest.mark.parametrize("command", PREPARATION)
+def test_what_prepares_pictures_is_understood(command):
+    """Which script it is, and all of its words: they are run with pictures in tests of their own."""
+    _, script, *words = command.split()
+    *_, name = script.replace("\\", "/").split("/")
+    (path,) = [path for folder in ("finetune", "tools") for path in (ROOT / folder).glob(name)]
+    settings = cli.parse(groups_of(f"{path.parent.name}.{path.stem}"), words, description="")
+    values = {name: str(value) for name, value in settings.flat().items() if name in settings.given}
+    assert sorted(values) == sorted({word[2:] for word in words if word.startswith("--")} | (values.keys() & WORDS))
+    assert {word for word in words if not word.startswith("--")} == set(values.values()) - {"True"}
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,18 @@ import pytest
 from library import cli, options
 from library.options import Option, options_of
 from library.options.cache_tool import CacheToolOptions
+from library.options.canny import CannyOptions
+from library.options.clean_captions import CleanCaptionsOptions
 from library.options.convert import ConvertOptions
+from library.options.detect_faces import DetectFacesOptions
+from library.options.make_captions import MakeCaptionsOptions
+from library.options.make_captions_by_git import MakeCaptionsByGitOptions
+from library.options.merge_metadata import MergeCaptionsOptions, MergeTagsOptions
 from library.options.merge_models import MergeModelsOptions
+from library.options.prepare_latents import PrepareLatentsOptions
+from library.options.resize_images import ResizeImagesOptions
+from library.options.tag_images import TagImagesOptions
+from library.options.work import WorkOptions
 from tests.tiny import draw_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +50,22 @@ METHODS = {
     "textual_inversion": options.TextualInversionOptions,
 }
 TRAINING = (*METHODS.values(), *options.TRAINING, options.SdxlOptions)
-TOOLS = (CacheToolOptions, ConvertOptions, MergeModelsOptions)
+TOOLS = (
+    CacheToolOptions,
+    CannyOptions,
+    CleanCaptionsOptions,
+    ConvertOptions,
+    DetectFacesOptions,
+    MakeCaptionsByGitOptions,
+    MakeCaptionsOptions,
+    MergeModelsOptions,
+    MergeCaptionsOptions,
+    MergeTagsOptions,
+    PrepareLatentsOptions,
+    ResizeImagesOptions,
+    TagImagesOptions,
+    WorkOptions,
+)
 TEXT = (ROOT / "docs" / "training_options.md").read_text(encoding="utf-8")
 ROWS = [line for line in TEXT.splitlines() if line.startswith("| `--") and line.count("|") in (4, 5)]
 NUMBERS = re.compile(r"\d[\d.]*(?:e-?\d+)?")
@@ -95,11 +120,11 @@ def names(group: type) -> set[str]:
 
 
 COMMANDS = [command for page in PAGES for command in commands(page) if command[0] not in PREPARING]
-WHOLE = [  # a tiny model has other blocks
+WHOLE = [  # a tiny model has other blocks, and what several scripts make together tests/test_walk.py does
     command
     for command in COMMANDS
     if any(word.startswith("--train_data_dir") for word in command)
-    and not any(word.startswith("--block_lr") for word in command)
+    and not any(word.startswith(("--block_lr", "--in_json=meta_lat.json")) for word in command)
 ]
 
 
