@@ -129,3 +129,10 @@ def yunet(path: Path, cell: int = 1234) -> Path:
             graph.node("Mul", here, row, output=f"{part}_{stride}")
             outputs[f"{part}_{stride}"] = (1, cells, len(values))
     return graph.save(path, (1, 3, SIDE, SIDE), outputs)
+
+
+def both(folder: Path) -> Path:
+    """A folder with yunet.onnx and yolo.onnx."""
+    yunet(folder / "yunet.onnx")
+    yolo(folder / "yolo.onnx")
+    return folder

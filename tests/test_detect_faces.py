@@ -13,7 +13,7 @@ from PIL import Image
 from library import cli
 from library.data.augment import face_in
 from library.preprocessing.faces import folder as faces
-from tests.face_models import yolo, yunet
+from tests.face_models import both
 from tests.painted_faces import EMPTY, GREEN, MAGENTA, RED, found, painted, red_box, save
 from tests.processes import ROOT
 from tools import detect_face_rotate
@@ -23,11 +23,7 @@ SCRIPT = "tools/detect_face_rotate.py"
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """A folder with yunet.onnx and yolo.onnx."""
-    folder = tmp_path_factory.mktemp("detectors")
-    yunet(folder / "yunet.onnx")
-    yolo(folder / "yolo.onnx")
-    return folder
+    return both(tmp_path_factory.mktemp("detectors"))
 
 
 @pytest.fixture

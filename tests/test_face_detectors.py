@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.preprocessing.faces.crops import Detected, Wanted, moved, plan, render
 from library.preprocessing.faces.detectors import Boxes, different, letterbox, open_detector
 from library.preprocessing.faces.files import find_detector
-from tests.face_models import yolo, yunet
+from tests.face_models import both, yolo
 from tests.hub_stand_in import Repository, hub_stand_in
 from tests.painted_faces import MAGENTA, found, painted, red_box
 from tests.test_upload import ask
@@ -20,11 +20,7 @@ from tests.test_upload import ask
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """A folder with yunet.onnx and yolo.onnx."""
-    folder = tmp_path_factory.mktemp("detectors")
-    yunet(folder / "yunet.onnx")
-    yolo(folder / "yolo.onnx")
-    return folder
+    return both(tmp_path_factory.mktemp("detectors"))
 
 
 # --- geometry ---
