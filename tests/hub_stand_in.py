@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 TOKEN = "hf_QuiteSecretTokenOfATest"
 LARGE = 1000  # bytes from which a file is stored by its hash
@@ -73,6 +76,21 @@ def hub_stand_in() -> Iterator[HubStandIn]:
         server.hub.open.set()
         server.shutdown()
         server.server_close()
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, url: str, tmp_path: Path) -> None:
+    """Have huggingface_hub ask the hub at this address, with nothing known or cached so far."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its store of large files is a protocol of its own
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no login"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,9 +13,8 @@ from library.preprocessing.faces.crops import Detected, Wanted, moved, plan, ren
 from library.preprocessing.faces.detectors import Boxes, different, letterbox, open_detector
 from library.preprocessing.faces.files import find_detector
 from tests.face_models import both, yolo
-from tests.hub_stand_in import Repository, hub_stand_in
+from tests.hub_stand_in import Repository, ask, hub_stand_in
 from tests.painted_faces import MAGENTA, found, painted, red_box
-from tests.test_upload import ask
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 from library.errors import UserError
 from library.hub import looks_like_hub_id
 from library.models.files.hub import find_model, wanted_files
-from tests.hub_stand_in import Repository, hub_stand_in
+from tests.hub_stand_in import Repository, ask, hub_stand_in
 from tests.processes import python
-from tests.test_upload import ask
 
 OWN = ("model_index.json", "README.md", "v1-5.safetensors", "scheduler/scheduler_config.json", "safety_checker/x.bin")
 CONFIGS = tuple(f"{name}/config.json" for name in ("unet", "vae", "text_encoder"))

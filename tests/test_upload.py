@@ -5,7 +5,6 @@ import threading
 import time
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -15,7 +14,7 @@ from library.options import HubOptions
 from library.training.hub import StateAddress, check_hub, download_state, parse_address, why_not, without_secrets
 from library.training.saving import Saver
 from library.training.upload import Uploader
-from tests.hub_stand_in import LARGE, TOKEN, hub_stand_in
+from tests.hub_stand_in import LARGE, TOKEN, ask, hub_stand_in
 from tests.processes import python
 from tests.tiny import read_log
 
@@ -28,20 +27,6 @@ def hub(monkeypatch, tmp_path, fresh_console):
     with hub_stand_in() as hub:
         ask(monkeypatch, hub.url, tmp_path)
         yield hub
-
-
-def ask(monkeypatch, url: str, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its store of large files is a protocol of its own
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no login"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
 
 
 def options(**changes: object) -> HubOptions:
