@@ -6,8 +6,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library import cli, console
-from library.data.scanning.files import subfolders
-from library.data.scanning.wording import counted
 from library.errors import UserError
 from library.models.files.hub import find_model
 from library.options.prepare_latents import PrepareLatentsOptions
@@ -24,9 +22,6 @@ def main() -> None:
     if options.skip_existing and work.force:
         raise UserError("--skip_existing: with --force all latents are made again, drop one of the two")
     pictures = find_pictures("train_data_dir", options.train_data_dir, recursive=options.recursive)
-    if not options.recursive and (below := subfolders(options.train_data_dir)):
-        where = f"{options.train_data_dir}: what lies in the {counted(len(below), 'folder', 'folders')} below"
-        console.notice(f"{where} is left out, --recursive takes it along")
     keys = Keys(pictures, full_path=options.full_path)
     known = check_metadata(options.in_json, options.out_json, keys)
     model = find_model(options.model_name_or_path, "model_name_or_path")

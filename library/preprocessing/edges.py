@@ -8,13 +8,13 @@ import numpy as np
 
 from library.data.decode import decode
 from library.errors import UserError
+from library.preprocessing.pictures import find_pictures
 from library.preprocessing.results import (
     SAVED_AS,
     Again,
     is_done,
     note_in,
     own_stems,
-    pictures_of,
     remove_leftovers,
     save_picture,
     state_of,
@@ -92,5 +92,5 @@ def _of_picture(source: Path, output: Path) -> dict[Path, Path]:
 
 
 def _of_folder(source: Path, output: Path, recursive: bool) -> dict[Path, Path]:
-    stems = own_stems(pictures_of("--input", source, recursive=recursive))
+    stems = own_stems(find_pictures("--input", source, recursive=recursive))
     return {picture: output / picture.relative_to(source).with_name(stem + ".png") for picture, stem in stems.items()}

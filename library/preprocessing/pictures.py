@@ -5,16 +5,18 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from library.console import warn
-from library.data.scanning.files import IMAGE_SUFFIXES, folder_problem, is_image
+from library.console import notice, warn
+from library.data.scanning.files import IMAGE_SUFFIXES, folder_problem, is_image, subfolders
 from library.data.scanning.listing import normalised
+from library.data.scanning.wording import counted
 from library.errors import UserError, some
 from library.replacing import clean_up
 
 
 def find_pictures(flag: str, folder: Path, *, recursive: bool = False) -> list[Path]:
     """The pictures in the folder that `flag` names, `recursive`: and in all folders below it, in an order that is the
-    same everywhere. Each begins with `folder` as it was given. UserError if the folder cannot be read or has none.
+    same everywhere. Each begins with `folder` as it was given. Without `recursive`, says if folders below are left out.
+    UserError if the folder cannot be read or has none.
 
     Hidden files and folders are left out; a folder below that cannot be read is left out with a warning. Links to
     folders are followed, but no folder is gone through twice.
@@ -24,6 +26,9 @@ def find_pictures(flag: str, folder: Path, *, recursive: bool = False) -> list[P
     pictures = sorted(_pictures(folder, recursive), key=_place)
     if not pictures:
         raise no_pictures(flag, folder, recursive)
+    if not recursive and (below := subfolders(folder)):
+        places = counted(len(below), "folder", "folders")
+        notice(f"{folder}: what lies in the {places} below is left out, --recursive takes it along")
     return pictures
 
 

@@ -19,13 +19,13 @@ from library.data.buckets import Size
 from library.data.decode import decode, read_size
 from library.data.scanning.files import file_names, is_image
 from library.data.scanning.wording import counted
+from library.preprocessing.pictures import find_pictures
 from library.preprocessing.results import (
     Again,
     copy_file,
     is_done,
     is_newer,
     own_stems,
-    pictures_of,
     remove_leftovers,
     save_picture,
     state_of,
@@ -78,7 +78,7 @@ def resize_folder(
     A file that is there, and not older than what it is made of, stays, unless `force` is given. Raises UserError if
     there are no pictures, and for what cannot be written.
     """
-    pictures = pictures_of("src_img_folder", source, recursive=recursive)
+    pictures = find_pictures("src_img_folder", source, recursive=recursive)
     jobs = jobs_of(pictures, source, destination)
     check_writable("dst_img_folder", destination / pictures[0].name)
     again = Again(destination / _JOURNAL, source, asdict(versions), force=force)

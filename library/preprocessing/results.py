@@ -13,13 +13,9 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from library.console import notice
 from library.data.decode import BrokenImage
-from library.data.scanning.files import subfolders
-from library.data.scanning.wording import counted
 from library.errors import UserError
 from library.preprocessing.journal import Journal
-from library.preprocessing.pictures import find_pictures
 from library.replacing import clean_up, replacing
 
 _SECOND = 10**9  # ns
@@ -64,14 +60,6 @@ class Again:
             self._journal.finish()
         else:
             self._path.unlink(missing_ok=True)
-
-
-def pictures_of(flag: str, folder: Path, *, recursive: bool) -> list[Path]:
-    """The pictures that `find_pictures` finds. Without `recursive`, says if folders below are left out."""
-    if not recursive and (below := subfolders(folder)):
-        folders = counted(len(below), "folder", "folders")
-        notice(f"{folder}: what lies in the {folders} below is left out, --recursive takes it along")
-    return find_pictures(flag, folder, recursive=recursive)
 
 
 def own_stems(pictures: Iterable[Path]) -> dict[Path, str]:
